@@ -1,0 +1,1 @@
+"""Speed and memory, minivla beside LeRobot: same weights, same machine, same run. `make bench`."""

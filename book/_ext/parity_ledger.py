@@ -1,0 +1,82 @@
+"""The directive `ledger`: what the parity tests measured, read from book/ledger/*.json."""
+
+import html
+import json
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from docutils.parsers.rst import Directive
+from sphinx.application import Sphinx
+
+Row = dict[str, Any]
+COLUMNS = ("block", "case", "largest difference", "tolerance", "dtype", "")
+
+
+def read(folder: Path) -> list[Row]:
+    """All rows, in the order of the files and, inside each, of the blocks."""
+    return [
+        row for path in sorted(folder.glob("*.json")) for row in json.loads(path.read_text(encoding="utf-8"))
+    ]
+
+
+def cells(row: Row) -> str:
+    """One row of the table. A red one also says so in words, since colour alone is not for everybody."""
+    verdict = "equal" if row["ok"] else "differs"
+    values = (
+        row["block"],
+        row["case"],
+        f"{row['error']:.1e}",
+        f"{row['tolerance']:.0e}",
+        row["dtype"],
+        verdict,
+    )
+    return "".join(f"<td>{html.escape(str(value))}</td>" for value in values)
+
+
+def table(rows: list[Row]) -> str:
+    """One table a case would be long; one a family, cases in a column."""
+    head = "".join(f"<th>{name}</th>" for name in COLUMNS)
+    body = "".join(
+        f'<tr class="{"mv-equal" if row["ok"] else "mv-differs"}">{cells(row)}</tr>' for row in rows
+    )
+    inside = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f'<div class="mv-wide"><table class="table mv-ledger">{inside}</table></div>'
+
+
+def verdict(rows: list[Row]) -> str:
+    """A sentence on a family: all equal, or the first block that is not."""
+    red = [row for row in rows if not row["ok"]]
+    if not red:
+        worst = max(row["error"] / row["tolerance"] for row in rows)
+        return f"{len(rows)} rows, all equal; the largest difference is {worst:.0%} of what is allowed."
+    return f"{len(red)} of {len(rows)} rows differ, first in block {red[0]['block']} ({red[0]['case']})."
+
+
+class Ledger(Directive):
+    """A section a family."""
+
+    def run(self) -> list[nodes.Node]:
+        """Sections with a sentence and a table each; a note when nothing has been measured."""
+        environment = self.state.document.settings.env
+        folder = Path(environment.srcdir) / "ledger"
+        for path in folder.glob("*.json"):
+            environment.note_dependency(str(path))
+        sections = []
+        for (family, upstream, version), group in groupby(
+            read(folder), key=lambda row: (row["family"], row["upstream"], row["version"])
+        ):
+            rows = list(group)
+            section = nodes.section(ids=[nodes.make_id(f"ledger-{family}")], names=[family])
+            section += nodes.title("", family)
+            section += nodes.paragraph("", f"Against {upstream}, version {version}. {verdict(rows)}")
+            section += nodes.raw("", table(rows), format="html")
+            sections.append(section)
+        return sections or [nodes.paragraph("", "Nothing has been measured yet: run make ledger.")]
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Register with Sphinx."""
+    app.add_directive("ledger", Ledger)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

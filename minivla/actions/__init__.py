@@ -1,0 +1,1 @@
+"""How chunks of actions (B, H, A) become something a network can predict, and back."""

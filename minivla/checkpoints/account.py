@@ -1,0 +1,182 @@
+"""The receipt: what became of every key of a checkpoint, and of every tensor a policy needs.
+
+Both sides are compared by upstream's names and by shape; no data is looked at. A policy says how its own
+names become upstream's (CHECKPOINT_NAMES), and which upstream keys it leaves out and why (IGNORED_KEYS).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from minivla.checkpoints.stored import StoredTensor
+from minivla.data.stats import LEGACY_KEY
+from minivla.policies.base import Policy
+
+STATUSES = ("matched", "tied", "ignored", "missing", "unexpected")
+LISTED = 12
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What became of one key.
+
+    key: upstream's name; status: one of STATUSES; ours: our tensor's name, if there is one;
+    shape: as stored (when missing: as needed); reason: why it is tied, ignored or refused.
+    """
+
+    key: str
+    status: str
+    ours: str | None
+    shape: tuple[int, ...]
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.key}  {self.shape}" + (f"  {self.reason}" if self.reason else "")
+
+
+@dataclass
+class Receipt:
+    """Every key accounted for. Printing it shows the counts and all that is not simply matched; `table()`
+    shows all.
+
+    source, revision: where the checkpoint came from (revision: the hub's commit).
+    """
+
+    entries: list[Entry] = field(default_factory=list)
+    source: str = ""
+    revision: str | None = None
+
+    @property
+    def matched(self) -> list[Entry]:
+        """Keys that fill one of our tensors."""
+        return self._with("matched")
+
+    @property
+    def tied(self) -> list[Entry]:
+        """Further names of a tensor that a matched key fills, stored or not."""
+        return self._with("tied")
+
+    @property
+    def ignored(self) -> list[Entry]:
+        """Keys left out on purpose, each with its reason."""
+        return self._with("ignored")
+
+    @property
+    def missing(self) -> list[Entry]:
+        """What the policy needs and the checkpoint lacks."""
+        return self._with("missing")
+
+    @property
+    def unexpected(self) -> list[Entry]:
+        """Keys that nothing explains, or whose shape or kind of number is not ours."""
+        return self._with("unexpected")
+
+    @property
+    def ok(self) -> bool:
+        """Nothing missing and nothing unexpected."""
+        return not self.missing and not self.unexpected
+
+    def _with(self, status: str) -> list[Entry]:
+        return [entry for entry in self.entries if entry.status == status]
+
+    def __str__(self) -> str:
+        counts = " · ".join(f"{len(self._with(status))} {status}" for status in STATUSES)
+        lines = [f"{self.source or 'checkpoint'}: {counts}{'' if self.ok else '  → refused'}"]
+        for status in STATUSES[1:]:
+            entries = self._with(status)
+            lines += [f"  {status:<10}  {entry}" for entry in entries[:LISTED]]
+            lines += [f"  {status:<10}  … and {len(entries) - LISTED} more"] * (len(entries) > LISTED)
+        return "\n".join(lines)
+
+    def table(self) -> str:
+        """All entries, a line each: upstream's key, our name, shape, status."""
+        rows = [(e.key, e.ours or "–", str(e.shape), e.status) for e in self.entries]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that does not fit the policy; `receipt` has the whole account."""
+
+    def __init__(self, message: str, receipt: Receipt) -> None:
+        super().__init__(message)
+        self.receipt = receipt
+
+
+def needed_tensors(policy: Policy) -> dict[str, tuple[str, Tensor]]:
+    """Upstream's name → (our name, the tensor), for each parameter and each buffer that is saved.
+
+    Raises ValueError when CHECKPOINT_NAMES gives two of ours one name.
+    """
+    ours = policy.state_dict(keep_vars=True)
+    needed = {policy.upstream_name(name): (name, tensor) for name, tensor in ours.items()}
+    if len(needed) < len(ours):
+        count = Counter(map(policy.upstream_name, ours))
+        twice = [name for name in ours if count[policy.upstream_name(name)] > 1]
+        raise ValueError(
+            f"{type(policy).__name__}.CHECKPOINT_NAMES gives {', '.join(twice)} a name in common"
+        )
+    return needed
+
+
+def account(policy: Policy, stored: Mapping[str, StoredTensor]) -> list[Entry]:
+    """Compare what `policy` needs with what is `stored`, an entry for each name on either side."""
+    needed = needed_tensors(policy)
+    entries = {key: _explain(type(policy), found, needed.get(key)) for key, found in stored.items()}
+    names: dict[int, list[str]] = {}
+    for key, (_, tensor) in needed.items():
+        names.setdefault(id(tensor), []).append(key)
+    for keys in names.values():
+        present = [key for key in keys if key in stored]
+        for key in keys:
+            ours, tensor = needed[key]
+            if not present:
+                entries[key] = Entry(key, "missing", ours, tuple(tensor.shape))
+            elif key not in stored:
+                entries[key] = Entry(
+                    key, "tied", ours, tuple(tensor.shape), f"not stored, same as {present[0]}"
+                )
+            elif key != present[0] and entries[key].status == "matched":
+                entries[key] = replace(entries[key], status="tied", reason=f"same as {present[0]}")
+    return _with_hints(list(entries.values()))
+
+
+def _explain(policy: type[Policy], found: StoredTensor, ours: tuple[str, Tensor] | None) -> Entry:
+    if ours is not None:
+        name, tensor = ours
+        if found.shape != tuple(tensor.shape):
+            return Entry(
+                found.key, "unexpected", name, found.shape, f"the policy has shape {tuple(tensor.shape)}"
+            )
+        if found.dtype.is_floating_point != tensor.is_floating_point():
+            return Entry(
+                found.key, "unexpected", name, found.shape, f"{found.dtype}, the policy has {tensor.dtype}"
+            )
+        return Entry(found.key, "matched", name, found.shape)
+    for pattern, reason in policy.IGNORED_KEYS.items():
+        if re.fullmatch(pattern, found.key):
+            return Entry(found.key, "ignored", None, found.shape, reason)
+    if LEGACY_KEY.match(found.key):
+        return Entry(found.key, "ignored", None, found.shape, "statistics, read into the preprocessor")
+    return Entry(found.key, "unexpected", None, found.shape, "no such tensor in the policy")
+
+
+def _with_hints(entries: list[Entry]) -> list[Entry]:
+    """Beside the first missing and unexplained keys, the likest name on the other side of the same shape."""
+    missing = [entry for entry in entries if entry.status == "missing"]
+    unexplained = [entry for entry in entries if entry.status == "unexpected" and entry.ours is None]
+    hints = {entry.key: _hint(entry, unexplained, "perhaps stored as") for entry in missing[:LISTED]}
+    hints |= {entry.key: _hint(entry, missing, "perhaps meant for") for entry in unexplained[:LISTED]}
+    return [replace(entry, reason=hints[entry.key]) if hints.get(entry.key) else entry for entry in entries]
+
+
+def _hint(entry: Entry, others: list[Entry], words: str) -> str:
+    names = [other.key for other in others if other.shape == entry.shape]
+    near = difflib.get_close_matches(entry.key, names, n=1, cutoff=0.5)
+    return f"{words} {near[0]}" if near else ""

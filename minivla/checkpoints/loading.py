@@ -1,0 +1,332 @@
+"""`load` and `receipt`.
+
+Parameters are built on the meta device, where they have a shape and no memory; then each tensor is read from
+disk straight into the memory it stays in, and nothing is fetched that the folder overwrites. LeRobot's loader
+(`policies/pretrained.py`) fills a model with random or ImageNet weights first, holds a second copy while it
+overwrites them and, by default, lets missing and unexpected keys pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
+
+from minivla.checkpoints.account import CheckpointError, Receipt, account, needed_tensors
+from minivla.checkpoints.hub import download, download_headers, locate
+from minivla.checkpoints.stored import StoredTensor, read_headers, read_tensor
+from minivla.data.features import NormalizationMode
+from minivla.data.normalize import constant_dimensions, describe_constant
+from minivla.data.processors import Normalize, Pipeline, make_pipelines, read_pipeline
+from minivla.data.stats import LEGACY_KEY, legacy_stats
+from minivla.files import read_json
+from minivla.policies.base import Policy, PolicyConfig
+
+POLICIES: dict[str, str] = {"act": "minivla.policies.act:ACT"}
+"""`type` in config.json → "module:Class"."""
+
+PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
+# These make a constructor fetch weights, which the folder is about to replace.
+FETCHING_FIELDS: dict[str, Any] = {"pretrained_backbone_weights": None}
+# Saved processors were made from these, and would not follow if they alone were overridden.
+PROCESSOR_FIELDS = ("input_features", "output_features", "normalization_mapping")
+
+StatsLike = Mapping[str, Mapping[str, Any]]
+FROM_CHECKPOINT: Any = object()
+
+
+def load(
+    source: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    stats: StatsLike | None = FROM_CHECKPOINT,
+    **overrides: Any,
+) -> Policy:
+    """A policy with its weights and its processors, in evaluation mode.
+
+    source: a shipped checkpoint's name (`list_checkpoints()`), a folder, or a hub repository, "owner/name".
+    device: where to put it; None is the CPU, wherever the checkpoint was trained.
+    dtype: of the floating-point weights; None is as stored, but float32 for float16, in which shipped
+    checkpoints are kept to be small. Buffers that are computed, and in no checkpoint, keep theirs.
+    revision: on the hub, a branch, tag or commit. `policy.receipt.revision` is the commit that was loaded.
+    stats: statistics in place of the checkpoint's, such as `dataset.stats`. A checkpoint that lacks them is
+    refused, unless they are given here, or `stats=None` says that this is known: then `preprocess` and
+    `postprocess` raise.
+    overrides: config fields, such as n_action_steps=8.
+
+    Raises FileNotFoundError (no such checkpoint or file; hub out of reach), CheckpointError, with the receipt
+    (keys or shapes that do not fit), ValueError (unknown type or field, damaged file, no statistics).
+    """
+    place = _check_device(device)
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}; expected a floating-point type such as torch.bfloat16, or None")
+    folder, commit = locate(source, revision, download)
+    policy = _build(folder, {**overrides, "device": str(place)})
+    stored = read_headers(folder)
+    policy.receipt = Receipt(account(policy, stored), str(source), commit)
+    _refuse_misfits(policy)
+    _refuse_false_ties(policy.receipt, stored)
+    if changed := [name for name in PROCESSOR_FIELDS if name in overrides]:
+        _refuse_stale_processors(folder, changed, stats)
+    policy.preprocessor, policy.postprocessor = _processors(
+        folder, policy.config, stored, stats, fresh=bool(changed)
+    )
+    _fill(policy, stored, place, dtype)
+    return policy.eval()
+
+
+def receipt(source: str | Path, *, revision: str | None = None, **overrides: Any) -> Receipt:
+    """What `load` would do with each key, told from `config.json` and the headers of the weights alone.
+
+    No memory is taken for weights; of a hub repository only the headers are fetched; a folder's safetensors
+    files need not hold more than their headers (`write_headers`). Whether the checkpoint fits is in `.ok`,
+    never an error; other errors are as for `load`.
+    """
+    from_hub: dict[str, StoredTensor] = {}
+
+    def fetch(repository: str, revision: str | None) -> tuple[Path, str]:
+        folder, commit, tensors = download_headers(repository, revision)
+        from_hub.update(tensors)
+        return folder, commit
+
+    folder, commit = locate(source, revision, fetch)
+    stored = from_hub or read_headers(folder, whole=False)
+    return Receipt(account(_build(folder, overrides), stored), str(source), commit)
+
+
+def _check_device(device: str | torch.device | None) -> torch.device:
+    place = torch.device("cpu" if device is None else device)
+    offered = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not offered.get(place.type, True):
+        there = ", ".join(name for name, available in offered.items() if available)
+        raise ValueError(
+            f"no device '{place}' on this machine, which offers {there}; leave `device` out for the CPU"
+        )
+    return place
+
+
+# --- config.json to a policy whose parameters have no memory yet -------------------------------------------
+
+
+def _build(folder: Path, overrides: dict[str, Any]) -> Policy:
+    path = folder / "config.json"
+    content = read_json(path)
+    policy_class = _policy_class(content, path)
+    _check_overrides(policy_class.config_class, overrides)
+    if content.get("use_peft"):
+        raise ValueError(
+            f"{path} has use_peft: the folder holds adapters, no whole policy; merge them in and save again"
+        )
+    own = {f.name for f in fields(policy_class.config_class)}
+    quiet = {name: value for name, value in FETCHING_FIELDS.items() if name in own}
+    try:
+        config = policy_class.config_class.from_json(content, **overrides, **quiet)
+    except (KeyError, TypeError, ValueError) as error:
+        error.add_note(
+            f"while reading {path}" + (f", with {overrides} in place of its own" if overrides else "")
+        )
+        raise
+    with _parameters_on_meta():
+        return policy_class(config)
+
+
+def _policy_class(content: dict[str, Any], path: Path) -> type[Policy]:
+    name = content.get("type")
+    if name not in POLICIES:
+        near = difflib.get_close_matches(str(name), POLICIES, n=1)
+        hint = f", did you mean {near[0]!r}" if near else ""
+        old = ". A folder from before LeRobot had types: convert it with a LeRobot of then" * (name is None)
+        raise ValueError(f"{path} has type {name!r}{hint}; minivla knows {', '.join(sorted(POLICIES))}{old}")
+    module, _, attribute = POLICIES[str(name)].partition(":")
+    found: type[Policy] = getattr(import_module(module), attribute)
+    return found
+
+
+def _check_overrides(config_class: type[PolicyConfig], overrides: Mapping[str, Any]) -> None:
+    known = [f.name for f in fields(config_class)]
+    for name in overrides:
+        if name in FETCHING_FIELDS:
+            raise ValueError(
+                f"'{name}' cannot be overridden: all weights come from the checkpoint; leave it out"
+            )
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f", did you mean '{near[0]}'" if near else ""
+            raise ValueError(
+                f"{config_class.__name__} has no field '{name}'{hint}; it has {', '.join(known)}"
+            )
+
+
+class _NoFilling(TorchFunctionMode):
+    """Initialisation passes over tensors without memory: to fill them, torch would load its compiler."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        target = args[0] if args else kwargs.get("tensor")
+        draws = func.__name__ in ("normal_", "uniform_") or getattr(func, "__module__", "") == "torch.nn.init"
+        if draws and isinstance(target, Tensor) and target.is_meta:
+            return target
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters registered meanwhile, by this thread, have no memory. Buffers, computed and small, do.
+
+    A parameter that is on the meta device already is kept as it is, so that tied parameters stay tied. The
+    random state is what it was before.
+    """
+    thread = threading.get_ident()
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        if parameter.is_meta or threading.get_ident() != thread:
+            return None
+        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    # torch annotates the hook as returning nothing, and registers what it returns
+    hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
+    try:
+        with torch.random.fork_rng(devices=[]), _NoFilling():
+            yield
+    finally:
+        hook.remove()
+
+
+# --- tensors -----------------------------------------------------------------------------------------------
+
+
+def _refuse_misfits(policy: Policy) -> None:
+    found: Receipt = policy.receipt
+    if not found.ok:
+        raise CheckpointError(
+            f"these weights do not fit the {type(policy).__name__} that config.json describes; nothing was "
+            f"loaded.\n{found}\n"
+            "Compare config.json and overrides with the policy that was saved, or save it again.",
+            found,
+        )
+
+
+def _refuse_false_ties(found: Receipt, stored: Mapping[str, StoredTensor]) -> None:
+    """Where both names of one tensor are stored they must agree, else one would be lost in silence."""
+    for entry in found.tied:
+        first = entry.reason.rpartition(" ")[-1]
+        if entry.key in stored and not torch.equal(
+            read_tensor(stored[entry.key]), read_tensor(stored[first])
+        ):
+            raise CheckpointError(
+                f"'{entry.key}' and '{first}' are one tensor in this policy, and differ in "
+                f"{stored[first].file.parent}; save it again from a model that ties them",
+                found,
+            )
+
+
+def _fill(
+    policy: Policy, stored: Mapping[str, StoredTensor], place: torch.device, dtype: torch.dtype | None
+) -> None:
+    """Read each tensor into place, one after the other; all names of a tied one get the same."""
+    needed = needed_tensors(policy)
+    names: dict[int, list[str]] = {}
+    for ours, old in needed.values():
+        names.setdefault(id(old), []).append(ours)
+    for entry in policy.receipt.matched:
+        found, (_, old) = stored[entry.key], needed[entry.key]
+        value = read_tensor(found, dtype=_final_dtype(found, old, dtype)).to(place)
+        if isinstance(old, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=old.requires_grad)
+        for name in names[id(old)]:
+            owner, _, leaf = name.rpartition(".")
+            setattr(policy.get_submodule(owner), leaf, value)
+    policy.to(place)  # what is left are the buffers that no checkpoint holds
+
+
+def _final_dtype(found: StoredTensor, old: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    if not old.is_floating_point():
+        return old.dtype
+    return dtype or (torch.float32 if found.dtype == torch.float16 else found.dtype)
+
+
+# --- processors --------------------------------------------------------------------------------------------
+
+
+def _refuse_stale_processors(folder: Path, changed: list[str], stats: StatsLike | None) -> None:
+    if stats in (None, FROM_CHECKPOINT) and (folder / PREPROCESSOR).is_file():
+        raise ValueError(
+            f"{', '.join(changed)} cannot be overridden alone: {folder / PREPROCESSOR} would still follow "
+            "the old. Give stats=dataset.stats as well, and new processors are made"
+        )
+
+
+def _processors(
+    folder: Path,
+    config: PolicyConfig,
+    stored: Mapping[str, StoredTensor],
+    stats: StatsLike | None,
+    *,
+    fresh: bool,
+) -> tuple[Pipeline, Pipeline] | tuple[None, None]:
+    """The folder's pipelines (unless `fresh`), else new ones from `stats` or an older model's buffers."""
+    given = None if stats is FROM_CHECKPOINT else stats
+    buffers = {key: read_tensor(found) for key, found in stored.items() if LEGACY_KEY.match(key)}
+    if not fresh and any((folder / name).is_file() for name in (PREPROCESSOR, POSTPROCESSOR)):
+        before = read_pipeline(folder, PREPROCESSOR, device=config.device, stats=given)
+        after = read_pipeline(folder, POSTPROCESSOR, stats=given)
+    elif given is not None:
+        before, after = make_pipelines(config, given)
+    elif stats is None and not buffers:
+        return None, None
+    else:
+        before, after = _legacy_pipelines(folder, config, buffers)
+    bare = [pipeline.name for pipeline in (before, after) if _lacks_statistics(pipeline)]
+    if bare and stats is not None:
+        raise ValueError(_no_statistics(folder, f"{' and '.join(bare)} came without any"))
+    return before, after
+
+
+def _legacy_pipelines(
+    folder: Path, config: PolicyConfig, buffers: Mapping[str, Tensor]
+) -> tuple[Pipeline, Pipeline]:
+    stats = legacy_stats(buffers, {**config.input_features, **config.output_features})
+    try:
+        # constant dimensions were there when the policy was trained, so its numbers hold for them
+        before, after = make_pipelines(config, stats, allow_constant=True)
+    except KeyError as error:
+        raise ValueError(_no_statistics(folder, str(error))) from error
+    for step in before.steps:
+        if isinstance(step, Normalize):
+            _warn_constant(step)
+    return before, after
+
+
+def _warn_constant(step: Normalize) -> None:
+    for key, feature in step.features.items():
+        table = (step.stats or {}).get(key)
+        if table and (constant := constant_dimensions(table, step.mode(key))):
+            warnings.warn(describe_constant(key, constant, feature, step.mode(key)), stacklevel=5)
+
+
+def _lacks_statistics(pipeline: Pipeline) -> bool:
+    bare = [step for step in pipeline.steps if isinstance(step, Normalize) and not step.stats]
+    return any(step.mode(key) != NormalizationMode.IDENTITY for step in bare for key in step.features)
+
+
+def _no_statistics(folder: Path, found: str) -> str:
+    return (
+        f"{folder} lacks statistics to normalise with ({found}). Without them a policy would run, and fail. "
+        "Give those of its training data, minivla.load(…, stats=dataset.stats), or say that you know, "
+        "minivla.load(…, stats=None): then preprocess and postprocess raise"
+    )

@@ -1,0 +1,62 @@
+"""Multi-head attention, with the projections of torch's own module and a place where a trace can look in.
+
+Source: Vaswani et al. 2017, section 3.2. Parameter names and layout are those of
+`torch.nn.MultiheadAttention` (query, key and value projections stacked in one matrix), so checkpoints of
+DETR-like models load unchanged.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from minivla import recorder
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, site: str, dropout: float = 0.0
+) -> Tensor:
+    """Scaled dot-product attention of all heads.
+
+    query (B, heads, Q, d), key and value (B, heads, K, d); `mask` (B, Q, K) bool or broadcastable to it, True
+    = may look, None = everything is open. Returns (B, heads, Q, d). `site` is the name under which a trace
+    keeps who looked where.
+    """
+    if (trace := recorder.current()) is not None:
+        trace.record_attention(site, query, key, mask)
+    head_mask = None if mask is None else rearrange(mask, "batch query key -> batch 1 query key")
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=head_mask, dropout_p=dropout)
+
+
+class MultiheadAttention(nn.Module):
+    """Attention with separate inputs for query, key and value, batch first.
+
+    width D, heads (must divide D), dropout on the attention weights while training.
+    """
+
+    def __init__(self, width: int, heads: int, *, dropout: float = 0.0, site: str = "attention") -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(
+                f"width {width} is not a multiple of heads {heads}: each head takes an equal share"
+            )
+        self.heads, self.dropout, self.site = heads, dropout, site
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """query (B, Q, D), key and value (B, K, D), mask as in `attend`. Returns (B, Q, D)."""
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        q, k, v = (
+            rearrange(
+                F.linear(x, w, b), "batch token (heads width) -> batch heads token width", heads=self.heads
+            )
+            for x, w, b in zip((query, key, value), weights, biases, strict=True)
+        )
+        out = attend(q, k, v, mask, site=self.site, dropout=self.dropout if self.training else 0.0)
+        return self.out_proj(rearrange(out, "batch heads token width -> batch token (heads width)"))

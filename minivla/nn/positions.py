@@ -1,0 +1,45 @@
+"""Fixed position codes: sines and cosines of a token's place."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+
+def _interleave(angle: Tensor) -> Tensor:
+    """Sine of the even channels, cosine of the odd ones, kept in place. angle (..., D), D even."""
+    return torch.stack((angle[..., 0::2].sin(), angle[..., 1::2].cos()), dim=-1).flatten(-2)
+
+
+def sine_positions(length: int, width: int) -> Tensor:
+    """1-D position codes. Returns (length, width), float32.
+
+    Angle of position p in channels 2i and 2i + 1: p / 10000^(2i / width). Computed in float64, as upstream
+    does with numpy. Source: Vaswani et al. 2017, section 3.5; LeRobot `policies/act/modeling_act.py`,
+    create_sinusoidal_pos_embedding.
+    """
+    position = torch.arange(length, dtype=torch.float64)
+    channel = torch.arange(width, dtype=torch.float64) // 2
+    return _interleave(rearrange(position, "p -> p 1") / 10000 ** (2 * channel / width)).float()
+
+
+def sine_positions_2d(rows: int, columns: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+    """2-D position codes of an image's patches. Returns (rows * columns, width): first half for y, second for
+    x.
+
+    Positions count from 1 and are scaled so that the last row (column) lies at 2π, as in DETR.
+    Source: Carion et al. 2020; LeRobot `policies/act/modeling_act.py`, ACTSinusoidalPositionEmbedding2d.
+    """
+    half = width // 2
+    frequency = 10000 ** (2 * (torch.arange(half, dtype=torch.float32, device=device) // 2) / half)
+
+    def codes(count: int) -> Tensor:
+        place = torch.arange(1, count + 1, dtype=torch.float32, device=device)
+        return _interleave(rearrange(place / (count + 1e-6) * (2 * math.pi), "p -> p 1") / frequency)
+
+    y = codes(rows)[:, None].expand(rows, columns, half)
+    x = codes(columns)[None, :].expand(rows, columns, half)
+    return rearrange(torch.cat((y, x), dim=-1), "row column width -> (row column) width")

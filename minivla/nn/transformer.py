@@ -1,0 +1,86 @@
+"""The DETR kind of transformer layer: positions are added to queries and keys, never to values.
+
+Source: Carion et al. 2020 (DETR); LeRobot `policies/act/modeling_act.py`, ACTEncoderLayer and
+ACTDecoderLayer, whose parameter names are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minivla.nn.attention import MultiheadAttention
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
+
+
+class TransformerLayer(nn.Module):
+    """Self-attention, cross-attention to a memory if `cross`, then a two-layer MLP; each on a residual path.
+
+    width D; `feedforward` the MLP's inner width; norms stand after each sum, or before each branch with
+    `pre_norm`. `site` names the attentions in a trace: the site itself, or `site.self` and `site.cross`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        feedforward: int,
+        *,
+        cross: bool = False,
+        dropout: float = 0.0,
+        activation: str = "relu",
+        pre_norm: bool = False,
+        site: str = "layer",
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"activation {activation!r} is not known; choose one of {', '.join(ACTIVATIONS)}"
+            )
+        self.self_attn = MultiheadAttention(
+            width, heads, dropout=dropout, site=f"{site}.self" if cross else site
+        )
+        self.linear1, self.linear2 = nn.Linear(width, feedforward), nn.Linear(feedforward, width)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        if cross:
+            self.multihead_attn = MultiheadAttention(width, heads, dropout=dropout, site=f"{site}.cross")
+            self.norm3 = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+        self.activation, self.pre_norm, self.cross = ACTIVATIONS[activation], pre_norm, cross
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        memory: Tensor | None = None,
+        memory_positions: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """tokens (B, L, D), memory (B, K, D), positions broadcastable to each; `mask` (B, L, L) for the self-
+        attention, True = may look. Returns (B, L, D)."""
+
+        def look_at_each_other(x: Tensor) -> Tensor:
+            return self.self_attn(x + positions, x + positions, x, mask)
+
+        def look_at_memory(x: Tensor) -> Tensor:
+            return self.multihead_attn(x + positions, memory + memory_positions, memory)
+
+        tokens = self.residual(tokens, look_at_each_other, self.norm1)
+        if not self.cross:
+            return self.residual(tokens, self.mlp, self.norm2)
+        tokens = self.residual(tokens, look_at_memory, self.norm2)
+        return self.residual(tokens, self.mlp, self.norm3)
+
+    def mlp(self, tokens: Tensor) -> Tensor:
+        """Linear, activation, linear, token by token. (B, L, D) in and out."""
+        return self.linear2(self.dropout(self.activation(self.linear1(tokens))))
+
+    def residual(self, tokens: Tensor, branch: Callable[[Tensor], Tensor], norm: nn.Module) -> Tensor:
+        """tokens + branch(tokens), with the norm on the side that `pre_norm` says. (B, L, D) in and out."""
+        if self.pre_norm:
+            return tokens + self.dropout(branch(norm(tokens)))
+        return norm(tokens + self.dropout(branch(tokens)))

@@ -1,0 +1,1 @@
+"""The policies: one file a family, readable from top to bottom."""

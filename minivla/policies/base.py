@@ -1,0 +1,316 @@
+"""What every policy shares: its config's file format, its processors, the action queue, saving.
+
+The method names are LeRobot's (`policies/pretrained.py`), and a saved folder is LeRobot's: `config.json`,
+`model.safetensors`, `policy_preprocessor.json`, `policy_postprocessor.json` and the processors' statistics.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import warnings
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from minivla.data.features import (
+    ACTION,
+    OBS_ENV_STATE,
+    OBS_STATE,
+    FeatureType,
+    NormalizationMode,
+    PolicyFeature,
+    features_from_json,
+    features_to_json,
+)
+from minivla.data.processors import Pipeline, make_pipelines, write_pipeline
+from minivla.data.raw import to_batch
+from minivla.files import atomic_folder
+
+Batch = Mapping[str, Any]  # LeRobot's keys to tensors, and "task" to a list of sentences
+AnyStats = Mapping[str, Mapping[str, Any]]  # feature to statistic to values
+Draw = Tensor | None  # a random draw: given, so that a result can be repeated, or None to draw it here
+Rng = torch.Generator | None
+
+# LeRobot's own bookkeeping in config.json: nothing here changes what a policy computes.
+BOOKKEEPING = {
+    "type", "use_amp", "use_peft", "push_to_hub", "repo_id", "private", "tags", "license", "pretrained_path",
+    "pretrained_revision", "optimizer_betas", "optimizer_eps",
+}  # fmt: skip
+
+
+@dataclass
+class PolicyConfig:
+    """The fields every policy's `config.json` has.
+
+    input_features, output_features   what goes in and comes out, by batch key
+    normalization_mapping             how each type of feature is normalised
+    n_obs_steps T, device             observations the policy sees; where it runs (None: where it is put)
+    """
+
+    type: ClassVar[str] = ""
+    MINIVLA_FIELDS: ClassVar[tuple[str, ...]] = ()
+
+    n_obs_steps: int = 1
+    input_features: dict[str, PolicyFeature] = field(default_factory=dict)
+    output_features: dict[str, PolicyFeature] = field(default_factory=dict)
+    normalization_mapping: dict[str, NormalizationMode] = field(default_factory=dict)
+    device: str | None = None
+
+    @property
+    def image_features(self) -> dict[str, PolicyFeature]:
+        """The cameras, by batch key, in the order in which the policy looks through them."""
+        return {key: f for key, f in self.input_features.items() if f.type is FeatureType.VISUAL}
+
+    @property
+    def robot_state_feature(self) -> PolicyFeature | None:
+        """`observation.state`, if the policy has one."""
+        return self.input_features.get(OBS_STATE)
+
+    @property
+    def env_state_feature(self) -> PolicyFeature | None:
+        """`observation.environment_state`, if the policy has one."""
+        return self.input_features.get(OBS_ENV_STATE)
+
+    @property
+    def action_feature(self) -> PolicyFeature:
+        """`action`. Raises ValueError when the config names none."""
+        if ACTION not in self.output_features:
+            raise ValueError(
+                f"output_features has {sorted(self.output_features) or 'nothing'}, expected 'action'; "
+                "use minivla.data.features_of(dataset) to fill input_features and output_features"
+            )
+        return self.output_features[ACTION]
+
+    @property
+    def observation_delta_indices(self) -> list[int] | None:
+        """Which observations, relative to now, a training item holds (None: the current one, without a time
+        axis).
+        """
+        return None
+
+    @property
+    def action_delta_indices(self) -> list[int]:
+        """Which actions, relative to now, a training item holds."""
+        raise NotImplementedError
+
+    def unusual(self) -> dict[str, Any]:
+        """The minivla-only fields that are not at their defaults; with none, LeRobot reads the folder."""
+        own = [f for f in fields(self) if f.name in self.MINIVLA_FIELDS]
+        return {f.name: getattr(self, f.name) for f in own if getattr(self, f.name) != _default(f)}
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `config.json`. Minivla-only fields stand under the key "minivla", if any is set."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.MINIVLA_FIELDS}
+        plain["input_features"] = features_to_json(self.input_features)
+        plain["output_features"] = features_to_json(self.output_features)
+        plain["normalization_mapping"] = {k: str(mode) for k, mode in self.normalization_mapping.items()}
+        if (
+            "pretrained_backbone_weights" in plain
+        ):  # LeRobot would fetch them, although the folder holds them all
+            plain["pretrained_backbone_weights"] = None
+        extra = {"minivla": self.unusual()} if self.unusual() else {}
+        return {"type": self.type, **plain, **extra}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], **overrides: Any) -> Self:
+        """A config out of `config.json`, some fields overridden.
+
+        Raises ValueError naming every field this class does not know: a setting we would silently not follow.
+        """
+        given = {k: v for k, v in content.items() if k not in BOOKKEEPING and k != "minivla"}
+        given |= content.get("minivla", {})
+        known = [f.name for f in fields(cls)]
+        if unknown := [name for name in (given | overrides) if name not in known]:
+            near = {name: difflib.get_close_matches(name, known, 1) for name in unknown}
+            hints = ", ".join(
+                f"{name!r}" + (f" (did you mean {n[0]!r}?)" if n else "") for name, n in near.items()
+            )
+            raise ValueError(f"{cls.__name__} has no field {hints}; its fields are {', '.join(known)}")
+        if "normalization_mapping" in given:
+            given["normalization_mapping"] = {
+                k: NormalizationMode(m) for k, m in given["normalization_mapping"].items()
+            }
+        for name in ("input_features", "output_features"):
+            given[name] = features_from_json(given.get(name))
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+        return cls(**(given | overrides))
+
+
+def _default(f: Field[Any]) -> Any:
+    return (
+        f.default
+        if f.default is not MISSING
+        else f.default_factory()
+        if callable(f.default_factory)
+        else None
+    )
+
+
+class Policy(nn.Module):
+    """A robot policy: observations in, a chunk of actions out.
+
+    `config` says everything about its shape; `stats` are the dataset's statistics, from which the processors
+    are made (None: the policy computes on normalised batches, but `preprocess` and `postprocess` refuse). A
+    dimension that never varies in them is refused by name, unless `allow_constant`.
+
+    A subclass sets `name` and `config_class`, and the table of its checkpoint's names: CHECKPOINT_NAMES,
+    (regex, replacement) pairs that turn our parameter names into upstream's, and IGNORED_KEYS, {regex:
+    reason} for upstream keys that are left out on purpose.
+    """
+
+    name: ClassVar[str]
+    config_class: ClassVar[type[PolicyConfig]]
+    CHECKPOINT_NAMES: ClassVar[tuple[tuple[str, str], ...]] = ()
+    IGNORED_KEYS: ClassVar[dict[str, str]] = {}
+
+    def __init__(
+        self, config: PolicyConfig, stats: AnyStats | None = None, *, allow_constant: bool = False
+    ) -> None:
+        super().__init__()
+        self.config: Any = config
+        self.receipt: Any = None
+        self.preprocessor: Pipeline | None = None
+        self.postprocessor: Pipeline | None = None
+        if stats is not None:
+            self.preprocessor, self.postprocessor = make_pipelines(
+                config, stats, allow_constant=allow_constant
+            )
+        self.reset()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    @classmethod
+    def upstream_name(cls, name: str) -> str:
+        """The checkpoint's name of one of our parameters or buffers."""
+        for pattern, replacement in cls.CHECKPOINT_NAMES:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    @property
+    def inert(self) -> dict[str, str]:
+        """Our tensors that are loaded, and trained by upstream, but cannot change the output; each with the
+        reason.
+        """
+        return {}
+
+    def preprocess(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """Raw observations, batched or not, to the normalised batch the network sees, on the policy's device.
+
+        Raises ValueError or KeyError naming what does not fit: a camera, a size, a range
+        (`minivla.data.raw.to_batch`).
+        """
+        pipeline = self._required(self.preprocessor, "preprocess")
+        history = None if self.config.observation_delta_indices is None else self.config.n_obs_steps
+        batch = pipeline(
+            to_batch(raw, self.config.input_features, n_obs_steps=history, rename=pipeline.rename_map)
+        )
+        return {
+            k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()
+        }
+
+    def postprocess(self, action: Tensor) -> Tensor:
+        """Normalised actions (..., A) to robot units, on the CPU."""
+        return self._required(self.postprocessor, "postprocess")({ACTION: action})[ACTION].cpu()
+
+    def _required(self, pipeline: Pipeline | None, verb: str) -> Pipeline:
+        if pipeline is None:
+            raise ValueError(
+                f"this {self.name} policy has no statistics, so it cannot {verb}; build it with "
+                f"{type(self).__name__}(config, stats=dataset.stats) or load it with "
+                "minivla.load(folder, stats=...)"
+            )
+        return pipeline
+
+    def forward(
+        self, batch: Batch, *, noise: Draw = None, time: Draw = None, generator: Rng = None
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The training loss of a normalised batch, and its parts by LeRobot's names."""
+        raise NotImplementedError
+
+    def predict_action_chunk(
+        self, batch: Batch, *, noise: Draw = None, steps: int | None = None, generator: Rng = None
+    ) -> Tensor:
+        """The chunk of normalised actions (B, H, A) that follows from this batch alone."""
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        """Forget the episode: call it whenever the environment is reset."""
+        self._queue: deque[Tensor] = deque()
+
+    @torch.no_grad()
+    def select_action(self, batch: Batch) -> Tensor:
+        """One step of control: the next normalised action (B, A). A new chunk is predicted when the queue is
+        empty.
+
+        Raises ValueError when the batch size changes in the middle of a chunk.
+        """
+        self.eval()
+        if not self._queue:
+            chunk = self.predict_action_chunk(batch)
+            self._queue.extend(chunk[:, : self.config.n_action_steps].unbind(dim=1))
+        expect_batch_size(batch, len(self._queue[0]))
+        return self._queue.popleft()
+
+    def act(self, raw: Mapping[str, Any]) -> Tensor:
+        """One step of control for people: raw observation in, actions (B, A) in robot units out."""
+        return self.postprocess(self.select_action(self.preprocess(raw)))
+
+    def optimizer_groups(self) -> list[dict[str, Any]]:
+        """AdamW's parameter groups, as upstream trains them."""
+        trainable = [p for p in self.parameters() if p.requires_grad]
+        return [group(trainable, self.config.optimizer_lr, self.config.optimizer_weight_decay)]
+
+    def save(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
+        """Write LeRobot's format into `folder`, whole or not at all; floating-point weights are cast to
+        `dtype`, if given.
+
+        Warns when the config uses minivla-only fields: LeRobot refuses such a folder.
+        """
+        if unusual := self.config.unusual():
+            warnings.warn(
+                f"{folder} uses fields only minivla knows ({', '.join(unusual)}): LeRobot will refuse it",
+                stacklevel=2,
+            )
+        state = self.state_dict(keep_vars=True)
+        first = {id(tensor): name for name, tensor in reversed(state.items())}  # tied tensors are stored once
+        tensors = {
+            self.upstream_name(name): state[name].detach().cpu().contiguous() for name in first.values()
+        }
+        if dtype is not None:
+            tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+        with atomic_folder(folder) as staging:
+            (staging / "config.json").write_text(json.dumps(self.config.to_json(), indent=2) + "\n")
+            save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
+            for pipeline, name in (
+                (self.preprocessor, "preprocessor"),
+                (self.postprocessor, "postprocessor"),
+            ):
+                if pipeline is not None:
+                    write_pipeline(pipeline, staging, f"policy_{name}.json")
+        return Path(folder)
+
+
+def group(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> dict[str, Any]:
+    """One parameter group for AdamW."""
+    return {"params": list(parameters), "lr": lr, "weight_decay": weight_decay}
+
+
+def expect_batch_size(batch: Batch, size: int) -> None:
+    """Raises ValueError unless the batch has as many samples as the episode in progress."""
+    given = next((len(v) for v in batch.values() if isinstance(v, Tensor)), size)
+    if given != size:
+        raise ValueError(
+            f"the batch holds {given} samples, the episode in progress has {size}; "
+            "call policy.reset() when a new episode starts"
+        )

@@ -1,0 +1,159 @@
+"""Moving pictures for notebooks: GIFs of rollouts, below a megabyte, through Pillow."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from minivla.data.features import MissingKey
+from minivla.files import atomic_write
+from minivla.viz.pictures import as_picture
+
+MOST = 1_000_000  # bytes of a GIF in a notebook
+SIDE = 256  # small pictures are enlarged to about this height, by a whole factor
+GAP = 6  # pixels between pictures side by side
+HOLD = 0.8  # seconds that the last frame stays
+
+
+@dataclass(frozen=True)
+class Gif:
+    """A film that a notebook shows by itself: the bytes of a GIF, and `alt`, what is seen in words."""
+
+    data: bytes
+    frames: int
+    width: int
+    height: int
+    fps: float
+    alt: str
+
+    def _repr_html_(self) -> str:
+        source = f"data:image/gif;base64,{base64.b64encode(self.data).decode('ascii')}"
+        alt = html.escape(self.alt, quote=True)
+        style = "max-width:100%;height:auto;image-rendering:pixelated;border-radius:4px"
+        return f'<img src="{source}" alt="{alt}" width="{self.width}" height="{self.height}" style="{style}">'
+
+    def __repr__(self) -> str:
+        size = f"{self.frames} frames of {self.width} x {self.height}"
+        return f"Gif({size} at {self.fps:g} per second: {self.alt})"
+
+
+def show_gif(frames: Iterable[Any], fps: float = 10, *, alt: str = "a rollout", most: int = MOST) -> Gif:
+    """The frames as a film, embedded in the notebook when it is a cell's last expression.
+
+    frames: images (H, W, 3) or (3, H, W), uint8 or float in [0, 1], of one size; small ones are enlarged
+    without blurring. The film is made of fewer colours, and then of every second frame (shown twice as
+    long), until it has at most `most` bytes. Raises ValueError for no frames, frames of several sizes, a
+    rate that is not positive, or a film that stays too large.
+    """
+    if not fps > 0:
+        raise ValueError(f"fps is {fps}; expected frames per second, above 0")
+    film = _film(frames)
+    for step, colours in ((1, 128), (1, 48), (2, 48), (2, 24), (4, 24), (4, 12)):
+        kept = film[:-1:step] + film[-1:]
+        data = _encode(kept, fps / step, colours)
+        if len(data) <= most:
+            height, width = film[0].shape[:2]
+            return Gif(data, len(kept), width, height, fps / step, alt)
+    raise ValueError(
+        f"{len(film)} frames of {film[0].shape[1]} × {film[0].shape[0]} make {len(data):,} bytes, "
+        f"expected at most {most:,}; give fewer or smaller frames: frames[::4]"
+    )
+
+
+def save_gif(
+    frames: Iterable[Any], path: str | os.PathLike[str], fps: float = 10, *, most: int = MOST
+) -> Path:
+    """Write the frames to `path` (.gif), whole or not at all. Otherwise as `show_gif`. Returns the path."""
+    if Path(path).suffix.lower() != ".gif":
+        raise ValueError(f"path is {os.fspath(path)!r}; expected a name ending in .gif")
+    return atomic_write(path, show_gif(frames, fps, most=most).data)
+
+
+def rollout_frames(
+    observations: Iterable[Mapping[str, Any]], cameras: Sequence[str] | None = None
+) -> list[np.ndarray]:
+    """One frame an observation, its cameras side by side. Returns uint8 (H, W, 3) each.
+
+    observations: what an environment gave, step by step; cameras: keys, or their last parts ("table"), all
+    when None. Raises KeyError for a camera that is not there, ValueError when there are no observations or
+    no cameras.
+    """
+    listed = list(observations)
+    if not listed:
+        raise ValueError("there are no observations; expected one for each step of an episode")
+    found = [key for key in listed[0] if key.startswith("observation.image")]
+    short = {key.rsplit(".", 1)[-1]: key for key in found}
+    keys = found if cameras is None else [short.get(name, name) for name in cameras]
+    if absent := [key for key in keys if key not in listed[0]]:
+        raise MissingKey(f"no camera {', '.join(absent)}; the observations have {', '.join(found) or 'none'}")
+    if not keys:
+        raise ValueError(
+            f"the observations have no camera, only {', '.join(listed[0])}; "
+            "expected observation.images.<camera>"
+        )
+    return [tile([observation[key] for key in keys]) for observation in listed]
+
+
+def tile(images: Sequence[Any], columns: int | None = None) -> np.ndarray:
+    """Images of one height in a row, or in rows of `columns`, on white. Returns uint8 (H, W, 3)."""
+    pictures = [enlarged(image) for image in images]
+    columns = columns or len(pictures)
+    height, width = (max(p.shape[axis] for p in pictures) for axis in (0, 1))
+    rows = -(-len(pictures) // columns)
+    sheet = np.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3), 255, np.uint8)
+    for i, picture in enumerate(pictures):
+        top, left = i // columns * (height + GAP), i % columns * (width + GAP)
+        sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+    return sheet
+
+
+def enlarged(image: Any, side: int = SIDE) -> np.ndarray:
+    """A picture enlarged by a whole factor to about `side` pixels, uint8 (H, W, 3); pixels stay squares."""
+    picture = np.round(as_picture(image) * 255).astype(np.uint8)
+    factor = max(1, round(side / picture.shape[0]))
+    return picture.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def figure_frame(figure: Figure, width: int = 650) -> np.ndarray:
+    """A figure as a frame, uint8 (H, W, 3), `width` pixels wide: for films of figures."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=width / figure.get_size_inches()[0])
+    return np.asarray(Image.open(buffer).convert("RGB"))
+
+
+def _film(frames: Iterable[Any]) -> list[np.ndarray]:
+    film = [enlarged(frame) for frame in frames]
+    if not film:
+        raise ValueError("there are no frames; expected a list of images, one for each step")
+    if sizes := {f.shape[:2] for f in film} - {film[0].shape[:2]}:
+        raise ValueError(
+            f"frames are of several sizes: {film[0].shape[:2]} and {', '.join(map(str, sizes))}; expected one"
+        )
+    return film
+
+
+def _encode(film: Sequence[np.ndarray], fps: float, colours: int) -> bytes:
+    """One palette for the whole film, so that nothing flickers and only changes are stored."""
+    sample = np.concatenate(
+        [film[i] for i in sorted({*range(0, len(film), max(1, len(film) // 8)), len(film) - 1})]
+    )
+    shared = Image.fromarray(sample).quantize(colours, method=Image.Quantize.MEDIANCUT)
+    pictures = [Image.fromarray(frame).quantize(palette=shared, dither=Image.Dither.NONE) for frame in film]
+    # Browsers slow a GIF down when its frames last less than 20 ms.
+    each = max(20, round(1000 / fps))
+    times = [each] * (len(film) - 1) + [each + round(1000 * HOLD)]
+    buffer = io.BytesIO()
+    pictures[0].save(
+        buffer, "GIF", save_all=True, append_images=pictures[1:], duration=times, loop=0, optimize=True
+    )
+    return buffer.getvalue()

@@ -1,0 +1,320 @@
+"""What a query looks at, laid over the cameras; and attention followed through several layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange, reduce
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from minivla.data.features import MissingKey
+from minivla.recorder import Call
+from minivla.segments import Segment
+from minivla.viz import palette
+from minivla.viz.layout import check_segments
+from minivla.viz.pictures import as_picture
+
+COLOURS = "viridis"
+LEFT, TOP, GAP, STRIP, BAR = 0.15, 0.7, 0.12, 1.15, 0.27  # inches
+
+
+def plot_attention(
+    call: Call,
+    site: str,
+    *,
+    query: int | str = 0,
+    head: int | None = None,
+    sample: int = 0,
+    images: Mapping[str, Any] | None = None,
+    title: str | None = None,
+) -> Figure:
+    """What one query of one attention site looks at: patches of the cameras, and shares of the segments.
+
+    call: one forward call of a trace. query: a position at this site, or a segment's name (the mean of its
+    tokens). head: None for the mean of all. images: {key: (3, H, W) or (H, W, 3)} to draw under the
+    patches; without it the normalised images of the batch, rescaled for display. KeyError for a site that
+    was not kept, a segment or an image that is not there; ValueError for a position, head or sample out of
+    range.
+    """
+    weights = attention_weights(call, site, query=query, head=head, sample=sample)
+    queries, keys = call.sites[site]
+    if images is None:
+        images = _shown(call.batch, keys, sample)
+    if title is None:
+        heads = "mean of all heads" if head is None else f"head {head}"
+        title = f"{_asker(query, queries)} {attention_title(weights, keys)}\n{site}, {heads}"
+    return plot_look(weights, keys, images, title=title)
+
+
+def plot_look(
+    weights: Tensor | np.ndarray,
+    segments: Sequence[Segment],
+    images: Mapping[str, Any],
+    *,
+    title: str | None = None,
+) -> Figure:
+    """Attention that is already a row of weights (K,), adding up to 1, over keys that `segments` name.
+
+    images: {batch key: image (3, H, W) or (H, W, 3) in [0, 1]} for the segments with a grid. The scale
+    starts at 0, and its mark "even" is what every token would get if all got the same; the same mark is on
+    the bars. KeyError for an absent image.
+    """
+    row = _check_weights(weights)
+    segments = check_segments(segments, len(row), "key ")
+    cameras = [s for s in segments if s.grid is not None]
+    strips = [s for s in segments if s.grid is None and s.length > 1]
+    if absent := [s.image or s.name for s in cameras if s.image not in images]:
+        raise MissingKey(
+            f"no image for {', '.join(absent)}; images has {', '.join(images) or 'none'}. "
+            "Pass images={key: image}"
+        )
+    with palette.style():
+        figure = _sheet(cameras, strips, segments)
+        if cameras:
+            _draw_cameras(figure, cameras, images, row)
+        if len(segments) > 1:
+            _draw_shares(_shares_axes(figure, len(cameras), segments), segments, row)
+        for i, s in enumerate(reversed(strips)):
+            top = figure.get_size_inches()[1] - (i + 1) * STRIP + 0.12
+            ax = palette.axes_at(figure, 0.65, top, palette.WIDTH - 1.2, STRIP - 0.55)
+            _draw_strip(ax, s, row[s.start : s.stop], 1 / len(row))
+        palette.headline(figure, f"This query {attention_title(row, segments)}" if title is None else title)
+    return figure
+
+
+def attention_weights(
+    call: Call, site: str, *, query: int | str = 0, head: int | None = None, sample: int = 0
+) -> Tensor:
+    """The row of weights (K,) that `plot_attention` draws; adds up to 1. Same arguments, same errors."""
+    if site not in call.attention:
+        raise MissingKey(
+            f"attention site {site!r} was not kept; this call holds {', '.join(call.attention) or 'none'}"
+        )
+    attention = call.attention[site]
+    batch, heads, length, _ = attention.shape
+    for what, value, size in (("sample", sample, batch), ("head", head, heads)):
+        if value is not None and not 0 <= value < size:
+            raise ValueError(f"{what} is {value}; site {site!r} has {size}: expected 0 to {size - 1}")
+    start, stop = _positions(query, check_segments(call.sites[site][0], length, "query "))
+    rows = (
+        attention[sample, :, start:stop] if head is None else attention[sample, head : head + 1, start:stop]
+    )
+    return reduce(rows.float(), "head query key -> key", "mean")
+
+
+def attention_shares(weights: Tensor | np.ndarray, segments: Sequence[Segment]) -> dict[str, float]:
+    """How the attention of one query (K,) is shared out: {segment name: share}, adding up to 1."""
+    row = _check_weights(weights)
+    shares: dict[str, float] = {}
+    for s in check_segments(segments, len(row), "key "):
+        shares[s.name] = shares.get(s.name, 0.0) + float(row[s.start : s.stop].sum())
+    return shares
+
+
+def attention_rollout(layers: Sequence[Tensor], *, residual: float = 0.5) -> Tensor:
+    """Attention followed back through several self-attention layers to the first layer's tokens.
+
+    layers: (B, heads, L, L) each, first layer first. A layer passes on `residual` of a token unchanged,
+    since the residual connection carries it past the attention, and mixes the rest by the mean of its
+    heads. Returns (B, L, L), rows adding up to 1. Raises ValueError for no layers or sites that are not
+    square. Source: Abnar & Zuidema 2020, "Quantifying Attention Flow in Transformers", equation 1.
+    """
+    if not layers or any(a.ndim != 4 or a.shape[-1] != a.shape[-2] for a in layers):
+        shapes = [tuple(a.shape) for a in layers]
+        raise ValueError(
+            f"rollout needs self-attention layers (B, heads, L, L), got {shapes}; take "
+            "[call.attention[s] for s in call.attention if s.startswith('encoder.')]"
+        )
+    same = torch.eye(layers[0].shape[-1], device=layers[0].device)
+    total = same.expand(len(layers[0]), -1, -1)
+    for attention in layers:
+        mixed = reduce(attention.float(), "batch head query key -> batch query key", "mean")
+        total = (residual * same + (1 - residual) * mixed) @ total
+    return total
+
+
+def attention_title(weights: Tensor | np.ndarray, segments: Sequence[Segment]) -> str:
+    """The finding, without its subject: "gives 61 % of its attention to wrist (even: 44 %)"."""
+    shares = attention_shares(weights, segments)
+    if len(segments) == 1:
+        place = int(weights.argmax())
+        share, even = float(weights[place]), 1 / len(weights)
+        found = f"looks most at {segments[0].name}[{place}]: {share:.0%} (even: {even:.0%})"
+        return found.replace("%", " %")
+    name = max(shares, key=lambda key: shares[key])
+    even = sum(s.length for s in segments if s.name == name) / sum(s.length for s in segments)
+    return f"gives {shares[name]:.0%} of its attention to {name} (even: {even:.0%})".replace("%", " %")
+
+
+def _check_weights(weights: Tensor | np.ndarray) -> np.ndarray:
+    row = np.asarray(weights.detach().cpu() if isinstance(weights, Tensor) else weights, dtype=float)
+    if row.ndim != 1:
+        raise ValueError(f"the weights have shape {row.shape}; expected (K,), one query of one sample")
+    if not np.isclose(row.sum(), 1, atol=1e-3):
+        raise ValueError(
+            f"the weights add up to {row.sum():.4g}; expected 1. Give one softmax row, of all keys"
+        )
+    return row
+
+
+def _positions(query: int | str, segments: Sequence[Segment]) -> tuple[int, int]:
+    length = sum(s.length for s in segments)
+    if isinstance(query, int):
+        if not 0 <= query < length:
+            raise ValueError(
+                f"query is {query}; this site has {length} queries: expected 0 to {length - 1}, "
+                "or the name of a segment"
+            )
+        return query, query + 1
+    named = [s for s in segments if s.name == query]
+    if not named:
+        raise MissingKey(
+            f"no query segment is called {query!r}; this site has {', '.join(s.name for s in segments)}"
+        )
+    return named[0].start, named[0].stop
+
+
+def _asker(query: int | str, segments: Sequence[Segment]) -> str:
+    """What a title calls the query: its segment, and its place inside where there are several."""
+    if isinstance(query, str):
+        return query.capitalize()
+    s = next(s for s in segments if s.start <= query < s.stop)
+    return s.name.capitalize() if s.length == 1 else f"{s.name.capitalize()}[{query - s.start}]"
+
+
+def _shown(batch: Mapping[str, Any], keys: Sequence[Segment], sample: int) -> dict[str, np.ndarray]:
+    """The images of one sample, the newest where there is a history, stretched to [0, 1] for display."""
+    stacks = {s.image: batch[s.image] for s in keys if s.grid is not None and s.image and s.image in batch}
+    return {
+        k: as_picture(v[sample, -1] if v.ndim == 5 else v[sample], rescale=True)
+        for k, v in stacks.items()
+        if k
+    }
+
+
+def _side(cameras: int) -> float:
+    """How large a camera's picture is drawn, in inches: two or more share the width that the bars leave."""
+    return min(1.85, (palette.WIDTH - 2.5) / max(cameras, 1) - GAP)
+
+
+def _end(cameras: int) -> float:
+    """Where the pictures end, in inches from the left."""
+    return LEFT + cameras * (_side(cameras) + GAP) - GAP if cameras else LEFT
+
+
+def _sheet(cameras: Sequence[Segment], strips: Sequence[Segment], segments: Sequence[Segment]) -> Figure:
+    if cameras:
+        below = _side(len(cameras)) + 0.55
+    else:
+        below = BAR * len(segments) + 0.55 if len(segments) > 1 else -0.3
+    return palette.sheet(TOP + below + STRIP * len(strips), layout=None)
+
+
+def _draw_cameras(
+    figure: Figure, cameras: Sequence[Segment], images: Mapping[str, Any], row: np.ndarray
+) -> None:
+    """All cameras in a row on one scale, and the scale below them."""
+    side, end = _side(len(cameras)), _end(len(cameras))
+    most = max(1e-12, *(row[s.start : s.stop].max() for s in cameras))
+    for i, s in enumerate(cameras):
+        ax = palette.axes_at(figure, LEFT + i * (side + GAP), TOP, side, side)
+        _draw_camera(ax, s, as_picture(images[s.image or ""]), row[s.start : s.stop], most)
+    _draw_scale(palette.axes_at(figure, LEFT, TOP + side + 0.1, end - LEFT, 0.08), most, 1 / len(row))
+
+
+def _shares_axes(figure: Figure, cameras: int, segments: Sequence[Segment]) -> Axes:
+    """The room that is left beside the cameras, after the segments' names."""
+    names = max(palette.text_width(s.name, palette.FONT - 1) for s in segments)
+    left = _end(cameras) + 0.25 + names
+    height = _side(cameras) if cameras else BAR * len(segments)
+    return palette.axes_at(figure, left, TOP, palette.WIDTH - 0.2 - left, height)
+
+
+def _draw_camera(ax: Axes, segment: Segment, picture: np.ndarray, weights: np.ndarray, most: float) -> None:
+    """The image, and on it each patch the more covered by its colour the more attention it gets."""
+    rows, columns = segment.grid or (1, segment.length)
+    heat = rearrange(weights, "(row column) -> row column", row=rows)
+    height, width = picture.shape[:2]
+    frame = (-0.5, width - 0.5, height - 0.5, -0.5)
+    ax.imshow(picture, extent=frame)
+    veil = 0.1 + 0.5 * heat / most
+    ax.imshow(
+        heat,
+        extent=frame,
+        cmap=COLOURS,
+        vmin=0,
+        vmax=most,
+        alpha=veil,
+        interpolation="nearest",
+        gid="attention",
+    )
+    row, column = np.unravel_index(heat.argmax(), heat.shape)
+    if heat[row, column] == most:  # the strongest patch of all cameras
+        corner = (column * width / columns - 0.5, row * height / rows - 0.5)
+        for colour, line in ((palette.INK, 3.0), ("white", 1.4)):
+            edge: dict[str, Any] = {
+                "fill": False,
+                "edgecolor": colour,
+                "linewidth": line,
+                "clip_on": False,
+                "zorder": 3,
+            }
+            ax.add_patch(Rectangle(corner, width / columns, height / rows, **edge))
+    ax.set(xlim=frame[:2], ylim=frame[2:], xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+    ax.set_title(
+        f"{segment.name}, {rows} × {columns} patches", fontsize=palette.FONT, fontweight="normal", pad=4
+    )
+
+
+def _draw_scale(ax: Axes, most: float, even: float) -> None:
+    """The colour scale, from 0 to the strongest patch; "even" is what all would get if all got the same."""
+    bar = palette.figure_of(ax).colorbar(
+        ScalarMappable(Normalize(0, most), COLOURS), cax=ax, orientation="horizontal"
+    )
+    bar.outline.set_visible(False)
+    bar.set_label("attention on one patch (most: framed)", labelpad=1)
+    marked = 0.1 * most < even < 0.85 * most
+    bar.set_ticks(
+        [0, even, most] if marked else [0, most],
+        labels=["0", "even", f"{most:.2g}"] if marked else ["0", f"{most:.2g}"],
+    )
+    if marked:
+        ax.axvline(even, color="white", linewidth=1.5)
+    first, *_, last = ax.get_xticklabels()
+    first.set_horizontalalignment("left")
+    last.set_horizontalalignment("right")
+
+
+def _draw_shares(ax: Axes, segments: Sequence[Segment], row: np.ndarray) -> None:
+    """One bar a segment, as long as its share; a tick where its share would be if all tokens got the same."""
+    shares = [row[s.start : s.stop].sum() for s in segments]
+    y = np.arange(len(segments))
+    ax.barh(y, shares, height=0.62, color=[palette.colour_of(s.kind) for s in segments], gid="shares")
+    even = [s.length / len(row) for s in segments]
+    ax.vlines(even, y - 0.42, y + 0.42, color=palette.INK, linewidth=1.1)
+    reach = max(*shares, *even)
+    for i, share in enumerate(shares):
+        ax.text(max(share, even[i]) + 0.03 * reach, i, f"{share:.2f}", va="center", fontsize=palette.FONT - 1)
+    ax.set_yticks(y, [s.name for s in segments])
+    ax.set(xlim=(0, reach * 1.25), ylim=(len(segments) - 0.4, -0.6))
+    step = next(step for step in (0.02, 0.05, 0.1, 0.2, 0.5) if reach / step < 5 or step == 0.5)
+    ax.set_xticks(np.arange(0, min(1.0, reach * 1.2) + 1e-9, step))
+    ax.tick_params(axis="y", length=0)
+    ax.set_xlabel("share of the attention\n(tick: even)")
+
+
+def _draw_strip(ax: Axes, segment: Segment, weights: np.ndarray, even: float) -> None:
+    ax.bar(np.arange(segment.length), weights, width=0.85, color=palette.colour_of(segment.kind))
+    ax.axhline(even, color=palette.INK, linewidth=0.9)
+    ax.text(1.005, even, "even", transform=ax.get_yaxis_transform(), va="center", fontsize=palette.FONT - 1)
+    ax.set(xlim=(-0.6, segment.length - 0.4), ylim=(0, 1.15 * max(weights.max(), even)))
+    ax.set(xlabel=f"token of {segment.name}", ylabel="attention")

@@ -1,0 +1,178 @@
+"""The attention mask as a block picture: queries down, keys across, filled where a query may look."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from einops import rearrange
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from minivla.segments import Segment
+from minivla.viz import palette
+from minivla.viz.layout import (
+    LINE,
+    check_segments,
+    draw_labels,
+    place_labels,
+    segment_edges,
+    spread,
+    token_edges,
+)
+
+SIDE, RIGHT, BOTTOM, TOP = 3.4, 0.85, 0.35, 0.42  # inches
+
+
+def plot_mask(
+    mask: Tensor | np.ndarray | None,
+    query_segments: Sequence[Segment],
+    key_segments: Sequence[Segment],
+    *,
+    title: str | None = None,
+    ax: Axes | None = None,
+) -> Figure:
+    """Who may look at whom. `mask` (Q, K) bool, True = may look; segments name its rows and its columns.
+
+    A filled place has the colour of the key looked at; on the right, how many keys each group of queries
+    sees. Rows and columns are as wide as the square root of their group's length. Raises ValueError when
+    there is no mask or the segments do not add up to its sides.
+    """
+    table = check_mask(mask)
+    queries = check_segments(query_segments, table.shape[0], "query ")
+    keys = check_segments(key_segments, table.shape[1], "key ")
+    with palette.style():
+        own, ax = ax is None, _axes(ax, queries, keys)
+        x, y = token_edges(keys), token_edges(queries)
+        ax.pcolormesh(x, y, mask_picture(table, keys), edgecolors="none", antialiased=False, gid="mask")
+        ax.set(xlim=(0, 1), ylim=(1, 0), aspect="equal")
+        _hatch(ax, keys)
+        _rule_off(ax, queries, keys)
+        lines = _name_groups(ax, queries, keys, sees(table, queries))
+        found = mask_title(table, queries, keys) if title is None else title
+        if own:
+            _write_title(palette.figure_of(ax), found)
+        else:
+            ax.set_title(found, pad=72 * (0.1 + LINE * lines))
+    return palette.figure_of(ax)
+
+
+def check_mask(mask: Tensor | np.ndarray | None) -> np.ndarray:
+    """The mask as (Q, K) bool. Raises ValueError for none and for a batch of them, TypeError for numbers."""
+    if mask is None:
+        raise ValueError(
+            "there is no mask to draw: the policy described none. Give a site: trace.plot_mask('encoder.0')"
+        )
+    table = np.asarray(mask.cpu() if isinstance(mask, Tensor) else mask)
+    if table.ndim != 2:
+        raise ValueError(
+            f"the mask has shape {table.shape}; expected (Q, K). Of a batch give one sample: mask[0]"
+        )
+    if table.dtype != bool:
+        raise TypeError(
+            f"the mask holds {table.dtype}; expected bool, True = may look. "
+            "Give mask.bool(), or ~mask.bool() if 1 means closed"
+        )
+    return table
+
+
+def mask_picture(mask: np.ndarray, keys: Sequence[Segment]) -> np.ndarray:
+    """Colours (Q, K, 3) in [0, 1]: the key's own where it may be looked at, faint grey elsewhere."""
+    colour = np.concatenate([np.tile(to_rgb(palette.colour_of(s.kind)), (s.length, 1)) for s in keys])
+    return np.where(
+        rearrange(mask, "q k -> q k 1"), rearrange(colour, "k rgb -> 1 k rgb"), to_rgb(palette.FAINT)
+    )
+
+
+def sees(mask: np.ndarray, queries: Sequence[Segment]) -> list[tuple[int, int]]:
+    """For each group of queries, the fewest and the most keys that one of its tokens may look at."""
+    counts = mask.sum(axis=1)
+    return [(int(counts[s.start : s.stop].min()), int(counts[s.start : s.stop].max())) for s in queries]
+
+
+def mask_title(mask: np.ndarray, queries: Sequence[Segment], keys: Sequence[Segment]) -> str:
+    """The finding: everything is open, some group is kept for a few, or looking goes one way only."""
+    if mask.all():
+        return "Every token may look at every token"
+    seen_by = {k: [q.name for q in queries if mask[q.start : q.stop, k.start : k.stop].any()] for k in keys}
+    nobody = [k.name for k, names in seen_by.items() if not names]
+    if nobody:
+        return f"Nobody may look at {palette.listed(nobody)}"
+    hidden = [names for names in seen_by.values() if len(names) < len(queries)]
+    if hidden:
+        few = min(hidden, key=len)
+        which = [k.name for k, names in seen_by.items() if names == few]
+        return f"Only {palette.listed(few)} may look at {palette.listed(which)}"
+    closed = int((~mask).sum())
+    return f"{closed:,} of {mask.size:,} places are closed"
+
+
+def _axes(ax: Axes | None, queries: Sequence[Segment], keys: Sequence[Segment]) -> Axes:
+    """The axes given, or a square on a new sheet, with room for the names of the groups."""
+    if ax is not None:
+        return palette.panel(ax, 0)[1]
+    left = 0.45 + max(palette.text_width(f"{s.name} · {s.length}") for s in queries)
+    side = min(SIDE, palette.WIDTH - left - RIGHT)
+    lines = 1 + max(label.level for label in place_labels(keys, side, _key_names(queries, keys)))
+    figure = palette.sheet(TOP + LINE * lines + 0.05 + side + BOTTOM, layout=None)
+    return palette.axes_at(figure, left, TOP + LINE * lines + 0.05, side, side)
+
+
+def _key_names(queries: Sequence[Segment], keys: Sequence[Segment]) -> list[str]:
+    """Names of the columns, with lengths unless the rows, being the same tokens, tell them already."""
+    return [s.name if list(keys) == list(queries) else f"{s.name} · {s.length}" for s in keys]
+
+
+def _write_title(figure: Figure, text: str) -> None:
+    """The title at the sheet's left edge, above the names of the keys."""
+    lines, height = palette.wrapped(text, palette.WIDTH - 0.3), figure.get_size_inches()[1]
+    font: dict[str, Any] = {"fontsize": palette.FONT + 1, "fontweight": "bold"}
+    figure.text(0.15 / palette.WIDTH, 1 - 0.16 / height, lines, va="top", **font)
+
+
+def _hatch(ax: Axes, keys: Sequence[Segment]) -> None:
+    edges = segment_edges(keys)
+    for i, s in enumerate(keys):
+        if s.kind == "padding":
+            ax.add_patch(
+                Rectangle(
+                    (edges[i], 0), edges[i + 1] - edges[i], 1, fill=False, hatch=palette.HATCH, linewidth=0
+                )
+            )
+
+
+def _rule_off(ax: Axes, queries: Sequence[Segment], keys: Sequence[Segment]) -> None:
+    """Strong lines between groups, hair lines between tokens where they are large enough to be told apart."""
+    for segments, tokens, draw in (
+        (queries, token_edges(queries), ax.hlines),
+        (keys, token_edges(keys), ax.vlines),
+    ):
+        wide = np.diff(tokens) > 0.012
+        inner = [t for i, t in enumerate(tokens[1:-1], 1) if wide[i - 1] and wide[i]]
+        draw(inner, 0, 1, color=palette.PAPER, linewidth=0.3)
+        draw(segment_edges(segments), 0, 1, color=palette.INK, linewidth=0.9, clip_on=False)
+    ax.spines[:].set_visible(False)
+
+
+def _name_groups(
+    ax: Axes, queries: Sequence[Segment], keys: Sequence[Segment], counts: Sequence[tuple[int, int]]
+) -> int:
+    """Keys above, queries on the left, on the right how many keys a query sees. Returns lines of names."""
+    inches = ax.get_window_extent().width / palette.figure_of(ax).dpi
+    labels = place_labels(keys, inches, _key_names(queries, keys))
+    draw_labels(ax, labels, inches, 0)
+    y = segment_edges(queries)
+    at = spread((y[1:] + y[:-1]) / 2, 0.14 / inches)
+    ax.set(xticks=[])
+    ax.set_yticks(at, [f"{s.name} · {s.length}" for s in queries])
+    ax.tick_params(length=0, labelsize=palette.FONT)
+    ax.set_xlabel("keys: who is looked at", labelpad=6)
+    ax.set_ylabel("queries: who looks", labelpad=6)
+    for middle, (few, most) in zip(at, counts, strict=True):
+        told = f"sees {most}" if few == most else f"sees {few}–{most}"
+        ax.text(1.02, middle, told, va="center", fontsize=palette.FONT - 1, color=palette.MUTED)
+    return 1 + max(label.level for label in labels)

@@ -1,0 +1,29 @@
+"""`python -m minivla.zoo NAME`: train a shipped checkpoint again."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from minivla.zoo.recipes import CHECKPOINTS, RECIPES, cook
+
+
+def main() -> None:
+    """Read the command line, cook, print what came out."""
+    parser = argparse.ArgumentParser(prog="python -m minivla.zoo", description=__doc__)
+    parser.add_argument("name", choices=list(RECIPES), help="which checkpoint")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs"), help="where logs and checkpoints of the run go"
+    )
+    parser.add_argument("--steps", type=int, help="in place of the recipe's steps")
+    parser.add_argument("--episodes", type=int, default=200, help="unseen seeds to evaluate on")
+    parser.add_argument("--target", type=Path, default=CHECKPOINTS, help="where the checkpoint is put")
+    options = parser.parse_args()
+    measured = cook(
+        options.name, runs=options.runs, steps=options.steps, episodes=options.episodes, target=options.target
+    )
+    print(f"{options.name}: {measured}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""The shipped checkpoints: present, small, whole, and able to do what their cards say."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+import minivla
+from minivla.training import evaluate
+from minivla.zoo import RECIPES, cook
+from minivla.zoo.recipes import CHECKPOINTS, UNSEEN, _environment
+
+NAMES = sorted(RECIPES)
+
+
+def test_every_recipe_has_its_checkpoint_and_nothing_else_is_shipped():
+    assert minivla.list_checkpoints() == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checkpoint_is_small_and_every_tensor_accounted_for(name):
+    size = sum(path.stat().st_size for path in (CHECKPOINTS / name).iterdir())
+    assert size <= 4_000_000
+    policy = minivla.load(name)
+    assert policy.receipt.ok
+    assert not policy.receipt.ignored
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_card_states_a_success_rate_that_reaches_its_aim(name):
+    card = (CHECKPOINTS / name / "README.md").read_text()
+    measured = re.search(r"\| success \| (0\.\d+|1\.0+) \[(\d\.\d+), (\d\.\d+)\] over (\d+) episodes", card)
+    assert measured, card
+    success, low, high, episodes = (float(x) for x in measured.groups())
+    assert low <= success <= high
+    assert episodes >= 200
+    assert success >= RECIPES[name].aim
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checkpoint_does_its_task_on_unseen_seeds(name):
+    """Twenty seeds: below 14 of 20 has a chance under one in a million when the true rate is 95 %."""
+    measured = evaluate(minivla.load(name), _environment(RECIPES[name]), 20, UNSEEN, progress=False)
+    assert measured.success >= 0.7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checkpoint_reaches_its_aim_over_two_hundred_seeds(name):
+    measured = evaluate(minivla.load(name), _environment(RECIPES[name]), 200, UNSEEN, progress=False)
+    assert measured.high >= RECIPES[name].aim
+
+
+def test_an_unknown_recipe_names_the_known_ones(tmp_path):
+    with pytest.raises(ValueError, match="'act-moon'; there are act-tabletop"):
+        cook("act-moon", runs=tmp_path)
+
+
+def test_a_recipe_cooks(tmp_path, monkeypatch):
+    """The whole path at toy length: train, ship in float16, measure what was shipped, write the card."""
+    from dataclasses import replace
+
+    from minivla.zoo import recipes
+
+    short = replace(
+        RECIPES["act-tabletop"], episodes=2, training={"steps": 2, "batch_size": 4, "progress": False}
+    )
+    monkeypatch.setitem(recipes.RECIPES, "act-tabletop", short)
+    with pytest.warns(UserWarning, match="LeRobot will refuse"):
+        measured = cook("act-tabletop", runs=tmp_path / "runs", episodes=2, target=tmp_path / "zoo")
+    assert measured.episodes == 2
+    assert minivla.load(tmp_path / "zoo" / "act-tabletop").receipt.ok
+    assert "steps 2" in (tmp_path / "zoo" / "act-tabletop" / "README.md").read_text()
