@@ -26,7 +26,8 @@ def main() -> None:
         "versions": ", ".join(f"{name} {version(name)}" for name in ("minivla", "lerobot", "torch")),
         "measured": "calls in turn, medians, bootstrap interval of the ratio; above 1 we are better",
     }
-    rows = [*others.imports(5), *act.rows(), others.tabletop(), others.trace_off()]
+    worlds = [others.tabletop(body) for body in ("cartesian", "arm2", "bimanual")]
+    rows = [*others.imports(3), *act.rows(), others.trace_off(), *worlds]
     text, content = report(rows, facts)
     print(text)
     if not options.dry:

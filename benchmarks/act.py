@@ -142,9 +142,9 @@ def peak_of_training(who: str, size: str, samples: int) -> float:
 def rows() -> list[Row]:
     """All of ACT's rows."""
     return [
-        latency("default size", 20),
+        latency("default size", 12),
         latency("small", 40),
-        training("default size", 2, 8),
+        training("default size", 2, 6),
         training("small", 8, 12),
-        memory("default size", 2, 3),
+        memory("default size", 2, 2),
     ]

@@ -36,8 +36,8 @@ def test_search_knows_the_words_of_the_book(book):
 def test_the_ledger_shows_every_row(book):
     rows = [row for path in (ROOT / "book" / "ledger").glob("*.json") for row in json.loads(path.read_text())]
     page = (book / "ledger.html").read_text(encoding="utf-8")
-    assert page.count('<tr class="mv-') == len(rows) > 0
-    assert page.count('<tr class="mv-differs"') == sum(not row["ok"] for row in rows) == 0
+    assert page.count('<tr class="mv-row ') == len(rows) > 0
+    assert page.count("mv-row mv-differs") == sum(not row["ok"] for row in rows) == 0
 
 
 @pytest.mark.parametrize(
@@ -68,3 +68,14 @@ def test_a_style_sheet_may_not_load_from_elsewhere(tmp_path):
         '@import "https://example.org/x.css"; b { background: url(data:image/png;base64,) }'
     )
     assert problems(tmp_path) == ["a.css loads https://example.org/x.css"]
+
+
+def test_a_row_that_differs_is_red_and_named():
+    sys.path.insert(0, str(ROOT / "book" / "_ext"))
+    from parity_ledger import table, verdict
+
+    row = {"case": "a", "block": "encoder", "error": 0.2, "tolerance": 1e-5, "dtype": "float32", "ok": False}
+    good = row | {"block": "backbone", "error": 1e-7, "ok": True}
+    assert verdict([good, row]) == "1 of 2 rows differ, first in block encoder (a)."
+    assert table([good, row]).count("mv-differs") == 1
+    assert "all equal" in verdict([good])

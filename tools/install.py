@@ -63,8 +63,9 @@ def one_at_a_time() -> Iterator[None]:
 
 
 def make_environment() -> None:
-    """Create .venv, or replace one that does not start."""
-    if runs(PYTHON, "-c", "import sys, pip; sys.exit(sys.version_info < (3, 12))"):
+    """Create .venv, or replace one that does not start. One made without pip is kept and given pip."""
+    starts = runs(PYTHON, "-c", "import sys; sys.exit(sys.version_info < (3, 12))")
+    if starts and (runs(PYTHON, "-c", "import pip") or runs(PYTHON, "-m", "ensurepip")):
         return
     shutil.rmtree(VENV, ignore_errors=True)
     if call(sys.executable, "-m", "venv", VENV):

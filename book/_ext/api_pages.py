@@ -8,9 +8,8 @@ from sphinx.application import Sphinx
 CODE = re.compile(r"``?([^`]+)``?")
 MARKUP = re.compile(r"([\\*|_])")
 BULLET = re.compile(r"[-*] ")
-ENTRY = re.compile(
-    r"[\w`][\w`.,/<>() ]{0,70}(?: {2,}|: )\S"
-)  # "name, other: what it is" or "name   what it is"
+# "name, other: what it is" or "name   what it is"
+ENTRY = re.compile(r"[a-z_`][\w`.,/<>() ]{0,70}(?: {2,}|: )\S")
 
 
 def inline(text: str) -> str:

@@ -27,7 +27,9 @@ class Chapters(Directive):
 
     def run(self) -> list[nodes.Node]:
         """The grid as HTML."""
-        source = Path(self.state.document.settings.env.srcdir)
+        environment = self.state.document.settings.env
+        environment.note_reread()  # chapters come and go, and a page knows only files that were there
+        source = Path(environment.srcdir)
         cards = []
         for path in sorted((source / "chapters").glob("*.ipynb")):
             title, sentence = summary(path)

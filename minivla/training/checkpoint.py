@@ -160,30 +160,3 @@ def _parsed(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) and "step" in record else None
-
-
-def plot_log(records: list[dict[str, Any]]) -> Any:
-    """The loss against the step and, after evaluations, the success rate below it: a matplotlib Figure."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter
-
-    steps = [r for r in records if "loss" in r]
-    rounds = [r for r in records if "success" in r]
-    figure = Figure(figsize=(6.5, 2.6 + 1.8 * bool(rounds)), layout="constrained")
-    axes = figure.subplots(1 + bool(rounds), 1, sharex=True, squeeze=False)[:, 0]
-    axes[0].plot([r["step"] for r in steps], [r["loss"] for r in steps], color="#444444", linewidth=1)
-    if all(r["loss"] > 0 for r in steps):
-        axes[0].set_yscale("log")
-        axes[0].yaxis.set_major_formatter("{x:g}")
-        axes[0].yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 1)))
-    axes[0].set_ylabel("loss", fontsize=9)
-    if rounds:
-        at, rate = [r["step"] for r in rounds], [r["success"] for r in rounds]
-        reach = [[r["success"] - r["low"] for r in rounds], [r["high"] - r["success"] for r in rounds]]
-        axes[1].errorbar(at, rate, reach, color="#D55E00", marker="o", markersize=3, linewidth=1, capsize=2)
-        axes[1].set_ylabel("success rate (95 %)", fontsize=9)
-        axes[1].set_ylim(-0.02, 1.02)
-    axes[-1].set_xlabel("training step", fontsize=9)
-    for ax in axes:
-        ax.tick_params(which="both", labelsize=9)
-    return figure

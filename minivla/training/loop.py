@@ -17,7 +17,6 @@ import torch
 from tqdm.auto import tqdm
 
 from minivla.training.batches import STEP, Batches, check_batch, preserved_rng, seed_all, to_device, windowed
-from minivla.training.checkpoint import plot_log
 from minivla.training.optim import SCHEDULES, lr_factor, make_optimizer, set_lr
 from minivla.training.run import Interrupt, Run
 
@@ -46,7 +45,9 @@ class TrainResult:
 
     def plot(self) -> Any:
         """The loss curve and the success rates, a matplotlib Figure."""
-        return plot_log(self.log)
+        from minivla.viz import plot_loss
+
+        return plot_loss(self.log)
 
     def __str__(self) -> str:
         losses = [record["loss"] for record in self.log if "loss" in record]

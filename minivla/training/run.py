@@ -185,7 +185,13 @@ class Run:
     def _plot(self, final: bool) -> None:
         """Draw the log at the end of the run, and before at most once a minute, since drawing takes time."""
         if self.output and self.log.records and (final or perf_counter() - self.plotted > 60):
-            checkpoint.plot_log(self.log.records).savefig(self.output / "loss.png", dpi=150)
+            from matplotlib import pyplot
+
+            from minivla.viz import plot_loss
+
+            figure = plot_loss(self.log.records)
+            figure.savefig(self.output / "loss.png", dpi=150)
+            pyplot.close(figure)
             self.plotted = perf_counter()
 
     def finish(self) -> None:

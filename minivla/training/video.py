@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+LARGEST = 8_000_000  # bytes of a GIF
 FILMED = 6  # how many episodes a film shows
 TILE, LARGE = 128, 192  # pictures below the first are enlarged, those of twice the second are thinned
 GREEN, RED = (
@@ -37,11 +38,16 @@ def write_video(
     episodes: Sequence[Sequence[np.ndarray]], successes: Sequence[bool], path: Path, fps: float
 ) -> None:
     """Write the episodes, each a list of frames uint8 (H, W, 3), side by side, each kept at its end."""
+    from minivla.viz.animate import save_gif
+
     film = _tiled(episodes, successes)
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.stem}.new{path.suffix}")
     try:
-        (_write_gif if path.suffix.lower() == ".gif" else _write_mp4)(film, fresh, fps)
+        if path.suffix.lower() == ".gif":
+            save_gif(film, fresh, fps, most=LARGEST)
+        else:
+            _write_mp4(film, fresh, fps)
         os.replace(fresh, path)
     finally:
         fresh.unlink(missing_ok=True)
@@ -69,14 +75,6 @@ def _tile(frames: Sequence[np.ndarray], success: bool, length: int) -> np.ndarra
     edge[4:-4, 4:-4] = False
     film[len(frames) - 1 :, edge] = GREEN if success else RED
     return film
-
-
-def _write_gif(film: np.ndarray, path: Path, fps: float) -> None:
-    from PIL import Image
-
-    frames = [Image.fromarray(frame).quantize(64) for frame in film]
-    # Browsers slow a GIF down when its frames last less than 20 ms.
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=max(20, round(1000 / fps)), loop=0)
 
 
 def _write_mp4(film: np.ndarray, path: Path, fps: float) -> None:

@@ -1,5 +1,4 @@
-"""Pictures of what is inside a policy and around it. Importing this imports matplotlib; `import minivla`
-does not.
+"""Pictures of what is inside a policy and around it. Imports matplotlib, which `import minivla` does not.
 
     palette.py     the colour of each token kind, the sheet figures are drawn on
     tokens.py      the token ribbon                      masks.py      who may look at whom

@@ -100,6 +100,7 @@ def plot_gripper_path(
     """
     many = _paths(paths)
     with palette.style():
+        own = ax is None
         figure, ax = palette.panel(ax, 3.9, width=5.2)
         ax.imshow(as_picture(image), extent=(0, 1, 0, 1), interpolation="nearest", alpha=0.85)
         if expert is not None:
@@ -112,8 +113,9 @@ def plot_gripper_path(
             _draw_path(ax, path, PREDICTED, name, linewidth=1.9 - 0.5 * (age > 0), alpha=alpha)
         ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="x (table widths)", ylabel="y (table widths)")
         ax.set(xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
-        ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), handlelength=1.4, fontsize=palette.FONT - 1)
-        ax.set_title(_path_title(many) if title is None else title)
+        _name_paths(ax, beside=own)
+        text = _path_title(many) if title is None else title
+        ax.set_title(text if own else palette.wrapped(text, _inches(ax)), fontsize=palette.FONT + own)
     return figure
 
 
@@ -269,10 +271,23 @@ def _draw_path(ax: Axes, path: np.ndarray, colour: str, name: str | None, **line
     """A path on a thin light border, to be seen on blocks of its own colour; a dot where it starts."""
     border = {**line, "linewidth": line["linewidth"] + 1.6, "linestyle": "-"}
     ax.plot(*path.T, color="white", **border)
-    ax.plot(*path.T, color=colour, label=name, gid=name or "earlier", **line)
+    label = name if len(path) > 1 else None  # a single point is a place, and only its dot is drawn
+    ax.plot(*path.T, color=colour, label=label, gid=name or "earlier", **line)
     ax.plot(
         *path[0], "o", color=colour, markersize=4.5, alpha=line.get("alpha", 1.0), markeredgecolor="white"
     )
+
+
+def _name_paths(ax: Axes, *, beside: bool) -> None:
+    """The names of the paths: beside the picture on a sheet of its own, else where it covers least."""
+    outside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0)}
+    inside = {"loc": "best", "frameon": True, "facecolor": palette.PAPER, "edgecolor": "none"}
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(**(outside if beside else inside), handlelength=1.4, fontsize=palette.FONT - 1)
+
+
+def _inches(ax: Axes) -> float:
+    return ax.get_window_extent().width / palette.figure_of(ax).dpi
 
 
 def _path_title(many: Sequence[np.ndarray]) -> str:

@@ -1,9 +1,9 @@
 """One palette for token kinds, through the whole library, and the sheet every figure is drawn on.
 
 The seven colours stay apart under the three kinds of colour blindness, but not in grey: so every group is
-also labelled directly. A figure is an opaque, nearly white card. Transparent figures were tried: no ink
-reaches a contrast of 4.5 on both a white and a dark page (4.2 at best, a middle grey), and the palette is
-made for white.
+also labelled directly. A figure is an opaque, nearly white card, the same on light pages and on dark ones:
+of transparent figures no ink would reach a contrast of 4.5 on both white and #1a1a1a (4.2 at best, a middle
+grey).
 """
 
 from __future__ import annotations
@@ -126,11 +126,15 @@ def style() -> Iterator[None]:
     """Inside, matplotlib draws in the book's style; outside, nothing has changed."""
     with mpl.rc_context(_RC):
         yield
+        interactive = mpl.is_interactive()
+    # A notebook's backend goes interactive when the first figure is made, which may have been in there.
+    mpl.interactive(interactive)
 
 
 def sheet(height: float, *, width: float = WIDTH, layout: str | None = "constrained") -> Figure:
-    """An empty figure in inches, known to pyplot so that `plt.show()` shows it. Call it inside `style()`."""
-    return plt.figure(FigureClass=Sheet, figsize=(width, height), dpi=DPI, layout=layout)
+    """An empty figure in inches, known to pyplot so that `plt.show()` shows it."""
+    with style():
+        return plt.figure(FigureClass=Sheet, figsize=(width, height), dpi=DPI, layout=layout)
 
 
 def panel(ax: Axes | None, height: float, *, width: float = WIDTH) -> tuple[Figure, Axes]:
@@ -142,6 +146,7 @@ def panel(ax: Axes | None, height: float, *, width: float = WIDTH) -> tuple[Figu
     ax.xaxis.label.set_fontsize(FONT)
     ax.yaxis.label.set_fontsize(FONT)
     ax.spines[["top", "right"]].set_visible(False)
+    ax.set_facecolor(PAPER)
     return figure_of(ax), ax
 
 

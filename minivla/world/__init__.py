@@ -1,4 +1,4 @@
-"""Tabletop: an embedded world of a table, grippers, coloured blocks and goals, and what to do in one sentence.
+"""Tabletop: an embedded world of a table, grippers, coloured blocks and goals, and tasks in one sentence.
 
 spec.py            colours, sizes, speeds; ActionSpec
 scene.py           the things on the table, and how grippers move them

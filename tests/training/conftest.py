@@ -1,5 +1,6 @@
 import json
 import multiprocessing
+import os
 import signal
 import time
 from pathlib import Path
@@ -7,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.tiny import script
+from tests.training.tiny import child
 
 # A server that has imported everything forks the processes that tests start and kill: one slow start.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(
-    ["tests.training.tiny", "minivla.training", "accelerate", "matplotlib.figure"]
-)
+# torch._dynamo is what the first optimiser imports.
+PRELOAD = ["tests.training.tiny", "minivla.training", "accelerate", "matplotlib.figure", "torch._dynamo"]
+PROCESSES.set_forkserver_preload(PRELOAD)
 
 
 @pytest.fixture(autouse=True)
@@ -30,8 +31,8 @@ def start():
     """start(output=…, …) begins a training run in a process of its own, and returns that process."""
     running = []
 
-    def begin(target=script, environment=(), **options):
-        process = PROCESSES.Process(target=target, args=(options, dict(environment)))
+    def begin(environment=(), **options):
+        process = PROCESSES.Process(target=child, args=(options, dict(environment)))
         process.start()
         running.append(process)
         return process
@@ -60,9 +61,8 @@ def wait_for_steps(process, output, steps):
 
 
 def kill(process, number=signal.SIGKILL):
-    import os
-
-    os.kill(process.pid, number)
+    """Send a signal to a process and its workers, as a terminal does; the process's exit code."""
+    os.killpg(process.pid, number)
     process.join(60)
     return process.exitcode
 

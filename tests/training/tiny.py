@@ -4,6 +4,7 @@ Run as a script (`python tests/training/tiny.py train '{"output": …}'`) it is 
 """
 
 import json
+import multiprocessing
 import os
 import random
 import sys
@@ -147,14 +148,21 @@ if "tests/Tiny-v0" not in gymnasium.registry:
     gymnasium.register("tests/Tiny-v0", entry_point=TinyEnv)
 
 
-def script(options, environment=()):
-    """Train as the tests do, in a process of its own."""
-    os.environ.update(environment)
+def script(options):
+    """Train as the tests do."""
     torch.set_num_threads(1)
     from minivla.training import train
 
     fields, data = options.pop("fields", {}), options.pop("data", {})
     train(tiny(**fields), TinyData(**data), progress=False, **options)
+
+
+def child(options, environment):
+    """The same in a process of its own, leading a group with its workers, as at a terminal."""
+    os.setsid()
+    os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)
+    script(options)
 
 
 if __name__ == "__main__":

@@ -116,6 +116,18 @@ def test_paths_lie_on_the_table_with_y_up(seen):
     assert "table widths" in ax.get_ylabel()
 
 
+def test_paths_on_axes_of_ones_own(seen):
+    image, driven = seen.item["observation.images.table"], np.array([[0.1, 0.2], [0.3, 0.4]])
+    figure, axes = plt.subplots(1, 3)
+    assert (
+        plot_gripper_path(image, driven[:1], driven=driven, title="a title too long for it", ax=axes[1])
+        is figure
+    )
+    assert [t.get_text() for t in axes[1].get_legend().get_texts()] == ["driven"]
+    assert "\n" in axes[1].get_title(loc="left")
+    assert not axes[0].lines
+
+
 def test_path_errors(seen):
     image = seen.item["observation.images.table"]
     with pytest.raises(ValueError, match=r"expected \(N, 2\)"):

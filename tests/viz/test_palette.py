@@ -45,6 +45,16 @@ def test_style_leaves_no_trace():
     assert figure.get_facecolor() == mpl.colors.to_rgba(palette.PAPER)
 
 
+def test_a_backend_that_goes_interactive_inside_stays_so():
+    assert not mpl.is_interactive()
+    try:
+        with palette.style():
+            mpl.interactive(True)
+        assert mpl.is_interactive()
+    finally:
+        mpl.interactive(False)
+
+
 def test_a_notebook_shows_a_figure_once_and_at_its_true_width(monkeypatch):
     display = pytest.importorskip("IPython.display")
     shown = []
