@@ -45,8 +45,9 @@ class Segment:
 def arrange(segments: Iterable[Segment]) -> list[Segment]:
     """Lay segments one after another: each gets its `start`. Empty segments are dropped.
 
-    >>> [(s.name, s.start, s.stop) for s in arrange([Segment("state", "state", 1), Segment("chunk", "action",
-    3)])] [('state', 0, 1), ('chunk', 1, 4)]
+    >>> laid = arrange([Segment("state", "state", 1), Segment("chunk", "action", 3)])
+    >>> [(segment.name, segment.start, segment.stop) for segment in laid]
+    [('state', 0, 1), ('chunk', 1, 4)]
     """
     laid: list[Segment] = []
     for segment in segments:

@@ -1,4 +1,4 @@
-"""Self-checks of chapter 2, ACT: the action queue, the say of the newest prediction, the active dimensions of a latent."""
+"""Self-checks of chapter 2, ACT: the action queue, the newest prediction's say, a latent's active dimensions."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from minivla.exercises.verdict import verdict
 
 
 def check_queued(queued: Callable[[Tensor, int], Tensor]) -> None:
-    """Check `queued(chunks, n)`: chunks (T, H, A), one predicted at every step, to the actions (T, A) carried out."""
+    """Check `queued(chunks, n)`: chunks (T, H, A), one predicted a step, to the actions (T, A) carried out."""
 
     def complaint() -> str | None:
         step, place = torch.meshgrid(torch.arange(20.0), torch.arange(6.0), indexing="ij")
-        chunks = torch.stack((step, place), dim=-1)  # (T, H, A): each action says which chunk and which place it is
+        chunks = torch.stack(
+            (step, place), dim=-1
+        )  # (T, H, A): each action says which chunk and which place it is
         for n in (1, 4, 6):
             actions = queued(chunks, n)
             if tuple(actions.shape) != (20, 2):
@@ -24,9 +26,9 @@ def check_queued(queued: Callable[[Tensor, int], Tensor]) -> None:
             for t in range(20):
                 wanted = (t - t % n, t % n)
                 if actions[t].tolist() != [float(value) for value in wanted]:
-                    made, place_given = (int(value) for value in actions[t].tolist())
+                    made, which = (int(value) for value in actions[t].tolist())
                     return (
-                        f"with n = {n}, step {t} carries out action {place_given} of the chunk made at step {made}; "
+                        f"with n = {n}, step {t} carries out action {which} of the chunk made at step {made}; "
                         f"expected action {wanted[1]} of the chunk made at step {wanted[0]}"
                     )
         return None
@@ -35,7 +37,7 @@ def check_queued(queued: Callable[[Tensor, int], Tensor]) -> None:
 
 
 def check_newest_share(newest_share: Callable[[float, int], float]) -> None:
-    """Check `newest_share(m, count)`: the normalised weight of the newest of `count` predictions, weights exp(-m i)."""
+    """Check `newest_share(m, count)`: the newest of `count` predictions' share, weights being exp(-m i)."""
 
     def complaint() -> str | None:
         for m, count in ((0.0, 4), (0.01, 16), (-0.1, 16), (-3.0, 16), (0.5, 3), (2.0, 1)):
@@ -52,16 +54,26 @@ def check_newest_share(newest_share: Callable[[float, int], float]) -> None:
 
 
 def check_active(active: Callable[..., int]) -> None:
-    """Check `active(mean, log_variance, nats)`: how many latent dimensions carry more than `nats`, averaged over the batch."""
+    """Check `active(mean, log_variance, nats)`: how many latent dimensions cost more than `nats` on average."""
 
     def complaint() -> str | None:
-        # Dimension 0 talks in every sample, 1 in one of four and loudly, 2 through its variance alone, 3 never.
-        mean = torch.tensor([[1.0, 4.0, 0.0, 0.0], [-1.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [-1.0, 0.0, 0.0, 0.0]])
+        # Dimension 0 talks in every sample, 1 in one of four and loudly, 2 by its variance alone, 3 never.
+        mean = torch.tensor(
+            [[1.0, 4.0, 0.0, 0.0], [-1.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [-1.0, 0.0, 0.0, 0.0]]
+        )
         log_variance = torch.tensor([0.0, 0.0, -1.0, 0.0]).expand(4, 4)
         for nats, wanted, why in (
-            (0.05, 3, "dimension 0 by its mean, 1 in one sample of four, 2 by its variance; dimension 3 never"),
+            (
+                0.05,
+                3,
+                "dimension 0 by its mean, 1 in one sample of four, 2 by its variance; dimension 3 never",
+            ),
             (0.4, 2, "dimension 2 costs 0.18 nats and falls below the threshold"),
-            (1.0, 1, "dimension 1 costs 8 nats in one sample of four, so 2 on average; dimension 0 costs 0.5"),
+            (
+                1.0,
+                1,
+                "dimension 1 costs 8 nats in one sample of four, so 2 on average; dimension 0 costs 0.5",
+            ),
         ):
             given = int(active(mean, log_variance, nats))
             if given != wanted:

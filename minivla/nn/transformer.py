@@ -67,6 +67,8 @@ class TransformerLayer(nn.Module):
             return self.self_attn(x + positions, x + positions, x, mask)
 
         def look_at_memory(x: Tensor) -> Tensor:
+            assert memory is not None
+            assert memory_positions is not None
             return self.multihead_attn(x + positions, memory + memory_positions, memory)
 
         tokens = self.residual(tokens, look_at_each_other, self.norm1)

@@ -59,8 +59,8 @@ class ACTConfig(PolicyConfig):
     dim_model D, n_heads, dim_feedforward, n_encoder_layers, n_decoder_layers, pre_norm, …: the transformer
     use_vae, latent_dim, n_vae_encoder_layers, kl_weight: the variational part
     temporal_ensemble_coeff: None for a queue of actions, a number for temporal ensembling
-    compact_vision: the small image encoder of `minivla.nn.compact_vision` in place of the ResNet (minivla
-    only) vocabulary: the words of the instruction; none means no instruction, as upstream (minivla only)
+    compact_vision: the small image encoder of `minivla.nn.compact_vision` for the ResNet (minivla only)
+    vocabulary: the words of the instruction; none means no instruction, as upstream (minivla only)
 
     Raises ValueError for settings that contradict each other.
     """

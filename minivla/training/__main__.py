@@ -1,10 +1,12 @@
 """`python -m minivla.training` trains a policy, `python -m minivla.training evaluate` measures one.
 
-python -m minivla.training --policy act --data "tabletop:pick_place?episodes=600&seed=0" --steps 20000
---output runs/act python -m minivla.training --policy act --data lerobot/pusht --set chunk_size=16 --set
-n_action_steps=8 --steps 50000 accelerate launch --multi_gpu --num_processes 2 -m minivla.training --policy
-act --data … --steps 20000 python -m minivla.training evaluate --policy
-runs/act/checkpoints/last/pretrained_model --env tabletop:pick_place
+    python -m minivla.training --policy act --data "tabletop:pick_place?episodes=600&seed=0" \\
+        --steps 20000 --output runs/act
+    python -m minivla.training --policy act --data lerobot/pusht --steps 50000 \\
+        --set chunk_size=16 --set n_action_steps=8
+    accelerate launch --multi_gpu --num_processes 2 -m minivla.training --policy act --data … --steps 20000
+    python -m minivla.training evaluate --policy runs/act/checkpoints/last/pretrained_model \\
+        --env tabletop:pick_place
 """
 
 from __future__ import annotations

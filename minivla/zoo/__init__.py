@@ -6,3 +6,4 @@
 from minivla.zoo.recipes import RECIPES as RECIPES
 from minivla.zoo.recipes import Recipe as Recipe
 from minivla.zoo.recipes import cook as cook
+from minivla.zoo.recipes import measure as measure

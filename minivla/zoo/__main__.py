@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from minivla.zoo.recipes import CHECKPOINTS, RECIPES, cook
+from minivla.zoo.recipes import CHECKPOINTS, RECIPES, cook, measure
 
 
 def main() -> None:
@@ -18,11 +18,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="in place of the recipe's steps")
     parser.add_argument("--episodes", type=int, default=200, help="unseen seeds to evaluate on")
     parser.add_argument("--target", type=Path, default=CHECKPOINTS, help="where the checkpoint is put")
+    parser.add_argument("--measure", action="store_true", help="train nothing, measure what is there")
     options = parser.parse_args()
-    measured = cook(
-        options.name, runs=options.runs, steps=options.steps, episodes=options.episodes, target=options.target
-    )
-    print(f"{options.name}: {measured}")
+    where = {"episodes": options.episodes, "target": options.target}
+    if options.measure:
+        measured = measure(options.name, **where)
+    else:
+        measured = cook(options.name, runs=options.runs, steps=options.steps, **where)
+    for row, result in measured.items():
+        print(f"{options.name}, {row}: {result}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,133 @@
+"""Each check of chapter 2 accepts the solution, rejects plausible mistakes and knows a starter."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from minivla.exercises import chapter02
+
+CHAPTER = Path(__file__).parents[2] / "notebooks" / "02_act.ipynb"
+
+
+def queued(chunks, n):
+    step = torch.arange(len(chunks))
+    return chunks[step - step % n, step % n]
+
+
+def newest_share(m, count):
+    return math.exp(-m * (count - 1)) / sum(math.exp(-m * i) for i in range(count))
+
+
+def active(mean, log_variance, nats=0.05):
+    kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance)
+    return int((kl.mean(0) > nats).sum())
+
+
+def starter(*arguments):
+    raise NotImplementedError
+
+
+CHECKS = [
+    (chapter02.check_queued, queued),
+    (chapter02.check_newest_share, newest_share),
+    (chapter02.check_active, active),
+]
+names = [check.__name__ for check, _ in CHECKS]
+
+
+@pytest.mark.parametrize(("check", "solution"), CHECKS, ids=names)
+def test_accepts_the_solution(check, solution, capsys):
+    check(solution)
+    assert capsys.readouterr().out == "correct\n"
+
+
+@pytest.mark.parametrize("check", [check for check, _ in CHECKS], ids=names)
+def test_knows_a_starter(check, capsys):
+    check(starter)
+    assert capsys.readouterr().out == "not attempted yet\n"
+
+
+def always_the_newest(chunks, n):
+    return chunks[:, 0]
+
+
+def chunks_counted_not_steps(chunks, n):
+    step = torch.arange(len(chunks))
+    return chunks[step // n, step % n]
+
+
+def one_chunk_only(chunks, n):
+    return chunks[0]
+
+
+def newest_counted_as_first(m, count):
+    return 1 / sum(math.exp(-m * i) for i in range(count))
+
+
+def not_normalised(m, count):
+    return math.exp(-m * (count - 1))
+
+
+def one_number_too_many(m, count):
+    return math.exp(-m * count) / sum(math.exp(-m * i) for i in range(1, count + 1))
+
+
+def of_the_mean_mean(mean, log_variance, nats=0.05):
+    return active(mean.mean(0, keepdim=True), log_variance.mean(0, keepdim=True), nats)
+
+
+def without_the_variance(mean, log_variance, nats=0.05):
+    return int((0.5 * (mean**2).mean(0) > nats).sum())
+
+
+def of_the_sum(mean, log_variance, nats=0.05):
+    kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance)
+    return int((kl.sum(0) > nats).sum())
+
+
+MISTAKES = [
+    (chapter02.check_queued, always_the_newest, "expected action 1 of the chunk made at step 0"),
+    (chapter02.check_queued, chunks_counted_not_steps, "expected action 0 of the chunk made at step 4"),
+    (chapter02.check_queued, one_chunk_only, "returns shape (6, 2); expected (20, 2)"),
+    (chapter02.check_newest_share, newest_counted_as_first, "i = 0 is the oldest"),
+    (chapter02.check_newest_share, not_normalised, "expected 0.25"),
+    (chapter02.check_active, of_the_mean_mean, "dimension 0 by its mean"),
+    (chapter02.check_active, without_the_variance, "expected 3"),
+    (chapter02.check_active, of_the_sum, "falls below the threshold"),
+]
+
+
+@pytest.mark.parametrize(
+    ("check", "mistake", "says"), MISTAKES, ids=[mistake.__name__ for _, mistake, _ in MISTAKES]
+)
+def test_rejects_a_plausible_mistake(check, mistake, says, capsys):
+    check(mistake)
+    said = capsys.readouterr().out
+    assert said.startswith("not yet: ")
+    assert says in said
+
+
+def test_a_reader_may_count_the_weights_from_one(capsys):
+    chapter02.check_newest_share(one_number_too_many)
+    assert capsys.readouterr().out == "correct\n"
+
+
+def test_the_notebook_shows_a_starter_and_a_solution_for_each_check():
+    cells = json.loads(CHAPTER.read_text(encoding="utf-8"))["cells"]
+    by_tag = {
+        tag: ["".join(c["source"]) for c in cells if tag in c["metadata"].get("tags", [])]
+        for tag in ("exercise", "hide-cell")
+    }
+    for check, _ in CHECKS:
+        for sources in by_tag.values():
+            assert sum(f"chapter02.{check.__name__}(" in source for source in sources) == 1
+    printed = [
+        "".join(output["text"])
+        for cell in cells
+        if "hide-cell" in cell["metadata"].get("tags", [])
+        for output in cell["outputs"]
+    ]
+    assert all(text.startswith("correct\n") for text in printed)
