@@ -12,8 +12,7 @@ Pictures live in `minivla.viz`, which is imported when one is asked for.
 from __future__ import annotations
 
 import fnmatch
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -104,6 +103,21 @@ class Call:
         return found
 
 
+class _Watched:
+    """What stands in the place of a policy's `forward` or `predict_action_chunk` while it is traced."""
+
+    def __init__(self, trace: Trace, method: str) -> None:
+        self.trace, self.method = trace, method
+
+    def __call__(self, batch: Mapping[str, Any], **options: Any) -> Any:
+        return self.trace.run(self.method, batch, options)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the policy runs its own method, untraced, and not the original's."""
+        policy = self.trace.policy
+        return getattr(type(policy), self.method).__get__(memo.get(id(policy), policy))
+
+
 class Trace:
     """A look inside a policy; make one with `minivla.trace`."""
 
@@ -119,7 +133,7 @@ class Trace:
         self._tokens.append(_current.set(self))
         self._before.append({method: vars(self.policy).get(method) for method in WATCHED})
         for method in WATCHED:
-            vars(self.policy)[method] = self._watched(method, getattr(type(self.policy), method))
+            vars(self.policy)[method] = _Watched(self, method)
         return self
 
     def __exit__(
@@ -132,24 +146,20 @@ class Trace:
             else:
                 vars(self.policy)[method] = before
 
-    def _watched(self, method: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The policy's method, which opens a call while this trace is the one in force."""
-
-        @functools.wraps(function)
-        def watched(batch: Mapping[str, Any], **options: Any) -> Any:
-            if _current.get() is not self or self.recording:
-                return function(self.policy, batch, **options)
-            self.calls.append(Call(method, batch))
-            self.recording = True
-            try:
-                result = function(self.policy, batch, **options)
-            finally:
-                self.recording = False
-            if method == "predict_action_chunk":
-                self.calls[-1].chunk = result.detach()
-            return result
-
-        return watched
+    def run(self, method: str, batch: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+        """Call the policy's own method, as a call of this trace while it is the one in force."""
+        function = getattr(type(self.policy), method)
+        if _current.get() is not self or self.recording:
+            return function(self.policy, batch, **options)
+        self.calls.append(Call(method, batch))
+        self.recording = True
+        try:
+            result = function(self.policy, batch, **options)
+        finally:
+            self.recording = False
+        if method == "predict_action_chunk":
+            self.calls[-1].chunk = result.detach()
+        return result
 
     def record_attention(self, site: str, query: Tensor, key: Tensor, mask: Tensor | None) -> None:
         """Blocks call this. query (B, heads, Q, d), key (B, heads, K, d), mask (B, Q, K) bool or None."""
@@ -269,8 +279,10 @@ class Trace:
 
 
 def trace(policy: Any, *, attention: bool | Sequence[str] = True) -> Trace:
-    """Look inside `policy` while the block runs: `with minivla.trace(policy) as t:
-    policy.select_action(batch)`.
+    """Look inside `policy` while a block runs.
+
+        with minivla.trace(policy) as t:
+            policy.select_action(batch)
 
     `attention` chooses the sites whose weights are recomputed and kept: True for all, or names with wildcards
     (["decoder.*.cross"]). Masks, segments and hidden states are always kept. Costs nothing when it is off.

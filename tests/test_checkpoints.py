@@ -475,6 +475,8 @@ def test_no_weights(folder: Path) -> None:
     [
         ({"type": "tyo"}, r"config\.json has type 'tyo', did you mean 'toy'; minivla knows act, toy"),
         ({"type": "gr00t_n9"}, r"has type 'gr00t_n9'; minivla knows"),
+        ({"type": ["act"]}, r"has type \['act'\].*; minivla knows"),
+        ({"input_features": [1]}, r"input_features[^$]*expected [^$]*while reading .*config\.json"),
         ({"type": ...}, r"has type None; .* from before LeRobot had types"),
         ({"witdh": 3}, r"no field 'witdh' \(did you mean 'width'\?\)"),
         ({"use_peft": True}, r"has use_peft: the folder holds adapters"),
@@ -508,6 +510,10 @@ def test_unknown_override(folder: Path) -> None:
         load(folder, widht=3)
     with pytest.raises(ValueError, match="'pretrained_backbone_weights' cannot be overridden"):
         load(folder, pretrained_backbone_weights="x")
+    with pytest.raises(TypeError, match=r"input_features is \[1\]; expected a dict such as .*PolicyFeature"):
+        load(folder, input_features=[1], stats=statistics())
+    with pytest.raises(TypeError, match=r"normalization_mapping is .*'MAD'.*NormalizationMode"):
+        load(folder, normalization_mapping={"STATE": "MAD"}, stats=statistics())
 
 
 def test_bad_device_and_dtype(folder: Path) -> None:
@@ -567,6 +573,72 @@ def test_statistics_replaced(folder: Path) -> None:
     torch.testing.assert_close(policy.postprocess(torch.zeros(1, 2))[0], statistics(3)["action"]["mean"])
 
 
+def test_constant_statistics_given(folder: Path) -> None:
+    flat = statistics()
+    flat["action"] |= {"std": torch.tensor([0.0, 1.0])}
+    for drop in (None, drop_processors):
+        if drop:
+            drop(folder)
+        with pytest.raises(ValueError, match=r"action\[0\]: constant, std = 0"):
+            load(folder, stats=flat)
+        assert load(folder, stats=flat, allow_constant=True).postprocess(torch.ones(1, 2))[
+            0, 0
+        ] == pytest.approx(flat["action"]["mean"][0].item())
+
+
+def change_steps(folder: Path, name: str, change: Callable[[list[dict[str, Any]]], Any]) -> None:
+    path = folder / f"policy_{name}.json"
+    content = json.loads(path.read_text())
+    change(content["steps"])
+    path.write_text(json.dumps(content))
+
+
+def last_identity(steps: list[dict[str, Any]]) -> None:
+    steps[-1]["config"]["norm_map"]["STATE"] = "IDENTITY"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "key"),
+    [
+        ("preprocessor", lambda steps: steps.clear(), "observation.state"),
+        ("preprocessor", lambda steps: steps[-1]["config"]["features"].clear(), "observation.state"),
+        ("preprocessor", last_identity, "observation.state"),
+        ("postprocessor", lambda steps: steps.clear(), "action"),
+        (
+            "postprocessor",
+            lambda steps: steps[0].update(registry_name="normalizer_processor"),
+            "action",
+        ),
+    ],
+)
+def test_processors_that_pass_a_feature_by(
+    folder: Path, name: str, change: Callable[[list[dict[str, Any]]], Any], key: str
+) -> None:
+    change_steps(folder, name, change)
+    with pytest.raises(
+        ValueError, match=rf"'{key}' \(MEAN_STD\): no step of .*policy_{name}\.json[^$]*stats=dataset\.stats"
+    ):
+        load(folder)
+    policy = load(folder, stats=statistics())  # the mend that the message gives
+    raw = torch.tensor([1.0, 2.0, 3.0])
+    table = statistics()["observation.state"]
+    torch.testing.assert_close(
+        policy.preprocess({"observation.state": raw})["observation.state"][0],
+        (raw - table["mean"]) / table["std"],
+    )
+    torch.testing.assert_close(policy.postprocess(torch.zeros(1, 2))[0], statistics()["action"]["mean"])
+    with pytest.raises(ValueError, match="no statistics"):
+        load(folder, stats=None).postprocess(torch.zeros(1, 2))
+
+
+def test_observations_left_out_on_purpose(folder: Path) -> None:
+    change_steps(
+        folder, "preprocessor", lambda s: s[-1]["config"].update(normalize_observation_keys=["observation.x"])
+    )
+    raw = torch.tensor([1.0, 2.0, 3.0])
+    assert torch.equal(load(folder).preprocess({"observation.state": raw})["observation.state"][0], raw)
+
+
 def test_one_processor_absent(folder: Path) -> None:
     (folder / "policy_postprocessor.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"no file policy_postprocessor\.json"):
@@ -608,6 +680,20 @@ def test_legacy_statistics(folder: Path) -> None:
     assert {e.reason for e in policy.receipt.ignored} == {"statistics, read into the preprocessor"}
     assert torch.equal(policy.preprocess(raw)["observation.state"], new.preprocess(raw)["observation.state"])
     assert torch.equal(policy.postprocess(torch.ones(1, 2)), new.postprocess(torch.ones(1, 2)))
+
+
+def test_legacy_statistics_that_are_superseded(folder: Path, tmp_path: Path) -> None:
+    whole = shutil.copytree(folder, tmp_path / "whole")
+    legacy(folder, statistics(3))
+    given = {entry.reason for entry in load(folder, stats=statistics()).receipt.ignored}
+    assert given == {"statistics, superseded by the statistics given"}
+    shutil.copy(folder / "model.safetensors", whole)
+    policy = load(whole)
+    assert {e.reason for e in policy.receipt.ignored} == {
+        "statistics, superseded by policy_preprocessor.json"
+    }
+    assert receipt(whole).entries == policy.receipt.entries
+    torch.testing.assert_close(policy.postprocess(torch.zeros(1, 2))[0], statistics()["action"]["mean"])
 
 
 def test_legacy_statistics_never_set(folder: Path) -> None:
@@ -672,6 +758,24 @@ def test_shipped_and_a_folder(shipped: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert load("./toy-tabletop").receipt.ok
     monkeypatch.chdir(shipped)
     assert load("toy-tabletop").receipt.ok
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        ("", ValueError, r"source is empty, ''; expected a shipped .* is '\.'"),
+        (" ", ValueError, "source is empty"),
+        (None, TypeError, r"source is None; expected a shipped checkpoint's name"),
+        (3, TypeError, "source is 3; expected"),
+    ],
+)
+def test_no_source(
+    folder: Path, source: Any, error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)  # where an empty name would have meant this folder
+    for read in (load, receipt):
+        with pytest.raises(error, match=message):
+            read(source)
 
 
 def test_no_such_folder(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
@@ -128,6 +129,19 @@ def test_traces_nest():
             policy.predict_action_chunk(batch)
         policy.predict_action_chunk(batch)
     assert (len(inner.calls), len(outer.calls)) == (1, 1)
+
+
+def test_a_copy_made_inside_a_trace_is_its_own_policy():
+    policy = tiny_act()
+    batch = policy.preprocess(tiny_raw())
+    with minivla.trace(policy) as t:
+        other = copy.deepcopy(policy)
+        for parameter in other.parameters():
+            parameter.data.zero_()
+        chunk = other.predict_action_chunk(batch)
+    assert not chunk.any()
+    assert not t.calls
+    assert other.predict_action_chunk.__self__ is other
 
 
 def test_an_error_in_the_policy_ends_the_trace_cleanly():

@@ -7,8 +7,9 @@ import re
 import pytest
 
 import minivla
+from minivla.checkpoints.hub import CHECKPOINTS
 from minivla.zoo import RECIPES, cook, measure
-from minivla.zoo.recipes import CHECKPOINTS
+from minivla.zoo.recipes import _card
 
 NAMES = sorted(RECIPES)
 
@@ -35,6 +36,19 @@ def test_the_card_states_a_success_rate_that_reaches_its_aim(name):
     assert low <= success <= high
     assert episodes >= 200
     assert success >= RECIPES[name].aim
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_card_is_what_cooking_writes(name):
+    card = (CHECKPOINTS / name / "README.md").read_text()
+    rows = dict(re.findall(r"^\| ([^|]+) \| (.+) \|$", card, re.MULTILINE))
+    minutes = re.fullmatch(r"(\d+) minutes, \d+ CPU threads", rows["time to train"])
+    assert minutes, card
+    measured = {row: rows[row] for row in ("success", "held-out words")}
+    written = _card(
+        RECIPES[name], RECIPES[name].training, minivla.load(name), measured, float(minutes.group(1))
+    )
+    assert re.sub(r"\d+ CPU", "2 CPU", written) == re.sub(r"\d+ CPU", "2 CPU", card)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -70,4 +84,11 @@ def test_a_recipe_cooks(tmp_path, monkeypatch):
         measured = cook("act-tabletop", runs=tmp_path / "runs", episodes=2, target=tmp_path / "zoo")
     assert {row: result.episodes for row, result in measured.items()} == {"success": 2, "held-out words": 2}
     assert minivla.load(tmp_path / "zoo" / "act-tabletop").receipt.ok
-    assert "steps 2" in (tmp_path / "zoo" / "act-tabletop" / "README.md").read_text()
+    card = tmp_path / "zoo" / "act-tabletop" / "README.md"
+    assert "steps 2" in card.read_text()
+
+    log = tmp_path / "runs" / "act-tabletop" / "log.jsonl"  # gone on with, the run counts its earlier time
+    log.write_text(re.sub(r'"seconds": [\d.]+', '"seconds": 600', log.read_text()))
+    with pytest.warns(UserWarning, match="LeRobot will refuse"):
+        cook("act-tabletop", runs=tmp_path / "runs", episodes=1, target=tmp_path / "zoo")
+    assert "| time to train | 10 minutes," in card.read_text()

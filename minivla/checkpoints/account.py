@@ -125,10 +125,15 @@ def needed_tensors(policy: Policy) -> dict[str, tuple[str, Tensor]]:
     return needed
 
 
-def account(policy: Policy, stored: Mapping[str, StoredTensor]) -> list[Entry]:
-    """Compare what `policy` needs with what is `stored`, an entry for each name on either side."""
+def account(policy: Policy, stored: Mapping[str, StoredTensor], superseded: str = "") -> list[Entry]:
+    """Compare what `policy` needs with what is `stored`, an entry for each name on either side.
+
+    superseded: what is used in place of statistics among the weights, if anything is.
+    """
     needed = needed_tensors(policy)
-    entries = {key: _explain(type(policy), found, needed.get(key)) for key, found in stored.items()}
+    entries = {
+        key: _explain(type(policy), found, needed.get(key), superseded) for key, found in stored.items()
+    }
     names: dict[int, list[str]] = {}
     for key, (_, tensor) in needed.items():
         names.setdefault(id(tensor), []).append(key)
@@ -147,7 +152,9 @@ def account(policy: Policy, stored: Mapping[str, StoredTensor]) -> list[Entry]:
     return _with_hints(list(entries.values()))
 
 
-def _explain(policy: type[Policy], found: StoredTensor, ours: tuple[str, Tensor] | None) -> Entry:
+def _explain(
+    policy: type[Policy], found: StoredTensor, ours: tuple[str, Tensor] | None, superseded: str
+) -> Entry:
     if ours is not None:
         name, tensor = ours
         if found.shape != tuple(tensor.shape):
@@ -163,7 +170,8 @@ def _explain(policy: type[Policy], found: StoredTensor, ours: tuple[str, Tensor]
         if re.fullmatch(pattern, found.key):
             return Entry(found.key, "ignored", None, found.shape, reason)
     if LEGACY_KEY.match(found.key):
-        return Entry(found.key, "ignored", None, found.shape, "statistics, read into the preprocessor")
+        what = f"superseded by {superseded}" if superseded else "read into the preprocessor"
+        return Entry(found.key, "ignored", None, found.shape, f"statistics, {what}")
     return Entry(found.key, "unexpected", None, found.shape, "no such tensor in the policy")
 
 

@@ -25,9 +25,14 @@ def locate(
     """The folder of a checkpoint, and its commit if it comes from the hub, in which case `fetch` is what gets
     it.
 
-    Raises FileNotFoundError when there is no such thing, ValueError for a file, for a name that means two
-    things, and for a revision where there are none.
+    Raises FileNotFoundError when there is no such thing, ValueError for a file, for an empty name, for one
+    that means two things, and for a revision where there are none, TypeError for anything but a name or path.
     """
+    what = "a shipped checkpoint's name (minivla.list_checkpoints()), a folder, or a hub 'owner/name'"
+    if not isinstance(source, str | Path):
+        raise TypeError(f"source is {source!r}; expected {what}")
+    if not str(source).strip():
+        raise ValueError(f"source is empty, {source!r}; expected {what}. The folder you are in is '.'")
     folder = Path(source).expanduser()
     shipped = CHECKPOINTS / source if source in list_checkpoints() else None
     if shipped and folder.is_dir() and not folder.samefile(shipped):

@@ -26,9 +26,9 @@ from torch.overrides import TorchFunctionMode
 from minivla.checkpoints.account import CheckpointError, Receipt, account, needed_tensors
 from minivla.checkpoints.hub import download, download_headers, locate
 from minivla.checkpoints.stored import StoredTensor, read_headers, read_tensor
-from minivla.data.features import NormalizationMode
+from minivla.data.features import FeatureType, NormalizationMode, PolicyFeature
 from minivla.data.normalize import constant_dimensions, describe_constant
-from minivla.data.processors import Normalize, Pipeline, make_pipelines, read_pipeline
+from minivla.data.processors import Normalize, Pipeline, Step, make_pipelines, read_pipeline
 from minivla.data.stats import LEGACY_KEY, legacy_stats
 from minivla.files import read_json
 from minivla.policies.base import Policy, PolicyConfig
@@ -53,6 +53,7 @@ def load(
     dtype: torch.dtype | None = None,
     revision: str | None = None,
     stats: StatsLike | None = FROM_CHECKPOINT,
+    allow_constant: bool = False,
     **overrides: Any,
 ) -> Policy:
     """A policy with its weights and its processors, in evaluation mode.
@@ -65,10 +66,13 @@ def load(
     stats: statistics in place of the checkpoint's, such as `dataset.stats`. A checkpoint that lacks them is
     refused, unless they are given here, or `stats=None` says that this is known: then `preprocess` and
     `postprocess` raise.
+    allow_constant: let `stats` have dimensions that never vary. A checkpoint's own only warn, for the policy
+    was trained with them.
     overrides: config fields, such as n_action_steps=8.
 
     Raises FileNotFoundError (no such checkpoint or file; hub out of reach), CheckpointError, with the receipt
-    (keys or shapes that do not fit), ValueError (unknown type or field, damaged file, no statistics).
+    (keys or shapes that do not fit), ValueError (unknown type or field, damaged file, no statistics,
+    processors that leave a feature unscaled), TypeError (`stats` or an override of the wrong kind).
     """
     place = _check_device(device)
     if dtype is not None and not dtype.is_floating_point:
@@ -76,13 +80,14 @@ def load(
     folder, commit = locate(source, revision, download)
     policy = _build(folder, {**overrides, "device": str(place)})
     stored = read_headers(folder)
-    policy.receipt = Receipt(account(policy, stored), str(source), commit)
+    superseded = _superseding(folder, stats)
+    policy.receipt = Receipt(account(policy, stored, superseded), str(source), commit)
     _refuse_misfits(policy)
     _refuse_false_ties(policy.receipt, stored)
     if changed := [name for name in PROCESSOR_FIELDS if name in overrides]:
         _refuse_stale_processors(folder, changed, stats)
     policy.preprocessor, policy.postprocessor = _processors(
-        folder, policy.config, stored, stats, fresh=bool(changed)
+        folder, policy.config, stored, stats, fresh=bool(changed), allow_constant=allow_constant
     )
     _fill(policy, stored, place, dtype)
     return policy.eval()
@@ -104,7 +109,8 @@ def receipt(source: str | Path, *, revision: str | None = None, **overrides: Any
 
     folder, commit = locate(source, revision, fetch)
     stored = from_hub or read_headers(folder, whole=False)
-    return Receipt(account(_build(folder, overrides), stored), str(source), commit)
+    entries = account(_build(folder, overrides), stored, _superseding(folder, FROM_CHECKPOINT))
+    return Receipt(entries, str(source), commit)
 
 
 def _check_device(device: str | torch.device | None) -> torch.device:
@@ -134,7 +140,7 @@ def _build(folder: Path, overrides: dict[str, Any]) -> Policy:
     quiet = {name: value for name, value in FETCHING_FIELDS.items() if name in own}
     try:
         config = policy_class.config_class.from_json(content, **overrides, **quiet)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         error.add_note(
             f"while reading {path}" + (f", with {overrides} in place of its own" if overrides else "")
         )
@@ -145,19 +151,21 @@ def _build(folder: Path, overrides: dict[str, Any]) -> Policy:
 
 def _policy_class(content: dict[str, Any], path: Path) -> type[Policy]:
     name = content.get("type")
-    if name not in POLICIES:
+    if not isinstance(name, str) or name not in POLICIES:
         near = difflib.get_close_matches(str(name), POLICIES, n=1)
         hint = f", did you mean {near[0]!r}" if near else ""
         old = ". A folder from before LeRobot had types: convert it with a LeRobot of then" * (name is None)
         raise ValueError(f"{path} has type {name!r}{hint}; minivla knows {', '.join(sorted(POLICIES))}{old}")
-    module, _, attribute = POLICIES[str(name)].partition(":")
+    module, _, attribute = POLICIES[name].partition(":")
     found: type[Policy] = getattr(import_module(module), attribute)
     return found
 
 
 def _check_overrides(config_class: type[PolicyConfig], overrides: Mapping[str, Any]) -> None:
     known = [f.name for f in fields(config_class)]
-    for name in overrides:
+    for name, value in overrides.items():
+        if name in PROCESSOR_FIELDS:
+            _check_table(name, value)
         if name in FETCHING_FIELDS:
             raise ValueError(
                 f"'{name}' cannot be overridden: all weights come from the checkpoint; leave it out"
@@ -168,6 +176,18 @@ def _check_overrides(config_class: type[PolicyConfig], overrides: Mapping[str, A
             raise ValueError(
                 f"{config_class.__name__} has no field '{name}'{hint}; it has {', '.join(known)}"
             )
+
+
+def _check_table(name: str, value: Any) -> None:
+    entries = list(value.values()) if isinstance(value, Mapping) else [None]
+    if name == "normalization_mapping":
+        fits = all(entry in list(NormalizationMode) for entry in entries)
+        example = "{'ACTION': minivla.data.NormalizationMode.MEAN_STD, …}"
+    else:
+        fits = all(isinstance(entry, PolicyFeature) for entry in entries)
+        example = "{'observation.state': minivla.data.PolicyFeature('STATE', (14,)), …}"
+    if not fits:
+        raise TypeError(f"{name} is {value!r}; expected a dict such as {example}")
 
 
 class _NoFilling(TorchFunctionMode):
@@ -278,16 +298,23 @@ def _processors(
     stats: StatsLike | None,
     *,
     fresh: bool,
+    allow_constant: bool,
 ) -> tuple[Pipeline, Pipeline] | tuple[None, None]:
-    """The folder's pipelines (unless `fresh`), else new ones from `stats` or an older model's buffers."""
+    """The folder's pipelines (unless `fresh`), else new ones from `stats` or an older model's buffers.
+
+    A folder whose pipelines pass a feature by that its config normalises counts as one without.
+    """
     given = None if stats is FROM_CHECKPOINT else stats
     buffers = {key: read_tensor(found) for key, found in stored.items() if LEGACY_KEY.match(key)}
-    if not fresh and any((folder / name).is_file() for name in (PREPROCESSOR, POSTPROCESSOR)):
-        before = read_pipeline(folder, PREPROCESSOR, device=config.device, stats=given)
-        after = read_pipeline(folder, POSTPROCESSOR, stats=given)
+    stored_ones = None if fresh else _read_pipelines(folder, config, given, allow_constant)
+    passed_by = _passed_by(config, *stored_ones) if stored_ones else []
+    if passed_by and stats is FROM_CHECKPOINT:
+        raise ValueError(_not_scaled(folder, config, passed_by))
+    if stored_ones and not passed_by:
+        before, after = stored_ones
     elif given is not None:
-        before, after = make_pipelines(config, given)
-    elif stats is None and not buffers:
+        before, after = make_pipelines(config, given, allow_constant=allow_constant)
+    elif stats is None and (passed_by or not buffers):
         return None, None
     else:
         before, after = _legacy_pipelines(folder, config, buffers)
@@ -295,6 +322,65 @@ def _processors(
     if bare and stats is not None:
         raise ValueError(_no_statistics(folder, f"{' and '.join(bare)} came without any"))
     return before, after
+
+
+def _read_pipelines(
+    folder: Path, config: PolicyConfig, given: StatsLike | None, allow_constant: bool
+) -> tuple[Pipeline, Pipeline] | None:
+    if not any((folder / name).is_file() for name in (PREPROCESSOR, POSTPROCESSOR)):
+        return None
+    return (
+        read_pipeline(folder, PREPROCESSOR, device=config.device, stats=given, allow_constant=allow_constant),
+        read_pipeline(folder, POSTPROCESSOR, stats=given, allow_constant=allow_constant),
+    )
+
+
+def _superseding(folder: Path, stats: StatsLike | None) -> str:
+    """What is used in place of statistics among the weights; "" when it is they."""
+    if (folder / PREPROCESSOR).is_file():
+        return PREPROCESSOR
+    return "" if stats is FROM_CHECKPOINT or stats is None else "the statistics given"
+
+
+def _passed_by(config: PolicyConfig, before: Pipeline, after: Pipeline) -> list[tuple[str, str]]:
+    """(feature, file) where the config says to normalise and no step of the file does."""
+    sides = ((config.input_features, before, PREPROCESSOR), (config.output_features, after, POSTPROCESSOR))
+    return [
+        (key, file)
+        for features, pipeline, file in sides
+        for key, feature in features.items()
+        if _mode(config, key, feature) != NormalizationMode.IDENTITY
+        and not any(_covers(step, key, file == POSTPROCESSOR) for step in pipeline.steps)
+    ]
+
+
+def _mode(config: PolicyConfig, key: str, feature: PolicyFeature) -> NormalizationMode:
+    """As a step made from the config would have it, its exception for further actions included."""
+    modes = {FeatureType(kind): mode for kind, mode in config.normalization_mapping.items()}
+    return Normalize({key: feature}, modes).mode(key)
+
+
+def _covers(step: Step, key: str, inverse: bool) -> bool:
+    if not isinstance(step, Normalize) or step.inverse != inverse or key not in step.features:
+        return False
+    # A list of the observations to touch, when the file has one, was written on purpose.
+    listed = step.normalize_observation_keys is not None and not inverse
+    return listed or step.mode(key) != NormalizationMode.IDENTITY
+
+
+def _not_scaled(folder: Path, config: PolicyConfig, passed_by: list[tuple[str, str]]) -> str:
+    features = {**config.input_features, **config.output_features}
+    rows = [
+        f"  '{key}' ({_mode(config, key, features[key])}): no step of {folder / file}"
+        for key, file in passed_by
+    ]
+    return (
+        "config.json says to scale these features, and nothing does:\n" + "\n".join(rows) + "\nUnscaled, a "
+        "policy would run, and fail. Give the statistics of its training data, "
+        "minivla.load(…, stats=dataset.stats), and new processors are made; or say that you know, "
+        "minivla.load(…, stats=None): then preprocess and postprocess raise. If a feature is to stay as it "
+        "is, set 'IDENTITY' for its type in normalization_mapping of config.json"
+    )
 
 
 def _legacy_pipelines(

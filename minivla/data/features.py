@@ -71,7 +71,9 @@ def feature_from_json(key: str, entry: Mapping[str, Any]) -> PolicyFeature:
     Raises ValueError when `type` is not one of FeatureType's or `shape` is not a list of sizes.
     """
     try:
-        return PolicyFeature(entry["type"], entry["shape"])
+        if not isinstance(entry["shape"], list | tuple):  # "64" would be read as (6, 4)
+            raise TypeError("shape is no list")
+        return PolicyFeature(entry["type"], tuple(entry["shape"]))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"feature '{key}' reads {entry!r}; expected {{'type': T, 'shape': [sizes]}} with T one of "
@@ -86,6 +88,11 @@ def features_to_json(features: Mapping[str, PolicyFeature]) -> dict[str, Any]:
 
 def features_from_json(table: Mapping[str, Any] | None) -> dict[str, PolicyFeature]:
     """A table of features out of `config.json` (null means none). ValueError as `feature_from_json`."""
+    if table is not None and not isinstance(table, Mapping):
+        raise ValueError(
+            f"a table of features reads {table!r}; expected {{name: {{'type': T, 'shape': [sizes]}}}}. Mend "
+            "input_features and output_features of config.json, or `features` of the processor's file."
+        )
     return {key: feature_from_json(key, entry) for key, entry in (table or {}).items()}
 
 

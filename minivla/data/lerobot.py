@@ -26,11 +26,15 @@ def open_dataset(
 ) -> "LeRobotDataset":
     """Open a LeRobotDataset (v3) with the windows of a policy.
 
-    repo_id: its name on the hub; root: its folder, if it is on this machine. episodes: only these. config: a
-    policy's config, which says what to window; or give `delta_timestamps` {key: [seconds]} yourself. Further
-    options go to LeRobotDataset as they are. Raises ImportError without LeRobot, ValueError for a dataset of
-    format v2, for episodes it does not have, or config and delta_timestamps both, FileNotFoundError when it
-    is neither here nor within reach.
+    repo_id: its name on the hub.
+    root: its folder, if it is on this machine.
+    episodes: only these.
+    config: a policy's config, which says what to window; or give `delta_timestamps` {key: [seconds]}
+    yourself.
+
+    Further options go to LeRobotDataset as they are.
+    Raises ImportError without LeRobot, ValueError for a dataset of format v2, for episodes it does not have,
+    or config and delta_timestamps both, FileNotFoundError when it is neither here nor within reach.
     """
     if config is not None and delta_timestamps is not None:
         raise ValueError("got config and delta_timestamps; expected one of them. Leave delta_timestamps out.")

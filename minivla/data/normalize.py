@@ -87,7 +87,16 @@ def _span(low: Tensor, high: Tensor, eps: float) -> Tensor:
 
 
 def as_stats(stats: Mapping[str, Mapping[str, Any]]) -> Stats:
-    """Statistics as float32 tensors, from `dataset.meta.stats`, JSON lists or tensors; None is left out."""
+    """Statistics as float32 tensors, from `dataset.meta.stats`, JSON lists or tensors; None is left out.
+
+    Raises TypeError for anything but {key: {name: values}}.
+    """
+    if not isinstance(stats, Mapping) or not all(isinstance(table, Mapping) for table in stats.values()):
+        raise TypeError(
+            f"stats is {stats if isinstance(stats, Mapping) else type(stats).__name__}; expected "
+            "{'observation.state': {'mean': …, 'std': …}, …}. Give dataset.stats, or that of a "
+            "LeRobotDataset, dataset.meta.stats."
+        )
     return {
         key: {name: _float32(value) for name, value in table.items() if value is not None}
         for key, table in stats.items()

@@ -95,9 +95,11 @@ def make_pipelines(
 ) -> tuple[Pipeline, Pipeline]:
     """A fresh policy's preprocessor and postprocessor, in LeRobot's order (`lerobot/processor/factory.py`).
 
-    config: has input_features, output_features, normalization_mapping, device. stats: the dataset's, or None
-    for a policy that will get them later. text: steps on the instruction, put after the batch axis. Errors
-    as `check_statistics`.
+    config: has input_features, output_features, normalization_mapping, device.
+    stats: the dataset's, or None for a policy that will get them later.
+    text: steps on the instruction, put after the batch axis.
+
+    Errors as `check_statistics`.
     """
     features, outputs = {**config.input_features, **config.output_features}, dict(config.output_features)
     shared: dict[str, Any] = {
@@ -132,14 +134,17 @@ def read_pipeline(
     *,
     device: str | torch.device | None = None,
     stats: Mapping[str, Mapping[str, Any]] | None = None,
+    allow_constant: bool = False,
 ) -> Pipeline:
     """Read a pipeline from a folder in LeRobot 0.6's format.
 
     device: where its Device steps shall go instead (leave it out for a postprocessor, whose device is the
     CPU).
-    stats: statistics instead of the folder's. Raises FileNotFoundError for an absent file, ValueError for
-    one that is damaged or has a step or setting unknown here, and the errors of `check_statistics`; constant
-    dimensions only warn.
+    stats: statistics instead of the folder's.
+    allow_constant: let `stats` have constant dimensions.
+
+    Raises FileNotFoundError for an absent file, ValueError for one that is damaged or has a step or setting
+    unknown here, and the errors of `check_statistics`; constant dimensions in the folder's own only warn.
     """
     folder = Path(folder)
     content = read_json(folder / filename)
@@ -150,9 +155,12 @@ def read_pipeline(
             "statistics among the weights, as in older folders."
         )
     steps = [
-        _read_step(folder, filename, number, entry, stats) for number, entry in enumerate(content["steps"])
+        _read_step(folder, filename, number, entry, stats is None)
+        for number, entry in enumerate(content["steps"])
     ]
     pipeline = Pipeline(steps, content.get("name", Path(filename).stem))
+    if stats is not None:
+        pipeline = pipeline.with_stats(stats, allow_constant=allow_constant)
     return pipeline if device is None else pipeline.with_device(device)
 
 
@@ -160,9 +168,10 @@ def _read_step(
     folder: Path,
     filename: str,
     number: int,
-    entry: Mapping[str, Any],
-    stats: Mapping[str, Mapping[str, Any]] | None,
+    entry: Any,
+    own_stats: bool,
 ) -> Step:
+    _check_entry(folder / filename, number, entry)
     name = entry.get("registry_name", entry.get("class"))
     if name not in STEPS:
         raise ValueError(
@@ -171,19 +180,28 @@ def _read_step(
             "take it out of the file."
         )
     kind = STEPS[name]
-    state = _read_state(folder, filename, number, entry["state_file"]) if entry.get("state_file") else {}
-    if stats is not None and issubclass(kind, Normalize):
-        state = {
-            f"{key}.{item}": value for key, table in as_stats(stats).items() for item, value in table.items()
-        }
+    file = entry.get("state_file") if own_stats or not issubclass(kind, Normalize) else None
+    state = _read_state(folder, filename, number, file) if file else {}
     try:
-        return kind.from_json(entry.get("config", {}), state)
-    except TypeError as error:
+        return kind.from_json(entry.get("config") or {}, state)
+    except (AttributeError, TypeError) as error:
         raise ValueError(
             f"step {number} ('{name}') of {folder / filename} has settings {entry.get('config')}; expected "
             f"those of {kind.__name__}({', '.join(f.name for f in fields(kind))}): {error}. Take the unknown "
-            "one out."
+            "one out, or mend the one of the wrong kind."
         ) from error
+
+
+def _check_entry(path: Path, number: int, entry: Any) -> None:
+    kinds: dict[str, Any] = {"registry_name": str, "class": str, "config": dict, "state_file": str}
+    if isinstance(entry, dict):
+        wrong = [name for name, kind in kinds.items() if not isinstance(entry.get(name), kind | None)]
+        if not wrong:
+            return
+    raise ValueError(
+        f"step {number} of {path} reads {entry!r}; expected {{'registry_name': name, 'config': {{…}}}} and, "
+        "for a step with tensors, 'state_file': name. Write the file again."
+    )
 
 
 def _read_state(folder: Path, filename: str, number: int, name: str) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ def to_batch(
     n_obs_steps: int | None = None,
     rename: Mapping[str, str] | None = None,
     optional: Collection[str] = (),
+    resizes: bool = False,
 ) -> dict[str, Any]:
     """Check raw observations, and give them a batch axis, float32 and LeRobot's layout.
 
@@ -39,6 +40,7 @@ def to_batch(
     rename: the preprocessor's rename map; keys keep their names here, and are checked against what they will
     become.
     optional: inputs that may be absent (the empty cameras of some policies).
+    resizes: the policy brings images to its size itself, so that theirs does not matter here.
 
     Returns images (B, 3, H, W) float32 in [0, 1], states (B, S) float32, `task` as a list of B strings,
     `action`, `…_is_pad` and LeRobot's companions with a batch axis; other observations come along unchecked,
@@ -53,6 +55,8 @@ def to_batch(
     if missing := [key for key in input_features if key not in present and key not in optional]:
         raise MissingKey(_missing_message(raw, input_features, missing, rename))
     batch = {key: _convert(key, raw[key], feature) for key, feature in features.items()}
+    for key, feature in () if resizes else features.items():
+        _check_size(key, batch[key], feature)
     batched = _is_batched(raw, batch, features, n_obs_steps)
     for key in raw:
         if key not in batch and _goes_along(key):
@@ -129,6 +133,17 @@ def _image(key: str, value: Tensor, feature: PolicyFeature) -> Tensor:
     return _in_range(key, value, channels)
 
 
+def _check_size(key: str, value: Tensor, feature: PolicyFeature) -> None:
+    """Of an image, channels first. Networks run on other sizes, and see the world at another scale."""
+    given, expected = tuple(value.shape[-2:]), feature.shape[-2:]
+    if feature.type == FeatureType.VISUAL and given != expected:
+        where = f", or build it so: Tabletop(size={expected[0]})" if expected[0] == expected[1] else ""
+        raise ValueError(
+            f"'{key}': got an image of {given[0]} x {given[1]} pixels (H x W); expected {expected[0]} x "
+            f"{expected[1]}, which the policy was built for. Mend: resize it as the training data was{where}."
+        )
+
+
 def _in_range(key: str, value: Tensor, channels: int) -> Tensor:
     low, high = (float(bound) for bound in value.aminmax())
     if low >= -TOLERANCE and high <= 1 + TOLERANCE:
@@ -151,7 +166,7 @@ def _image_message(key: str, value: Tensor, channels: int, mend: str) -> str:
 
 def _axes(shape: tuple[int, ...]) -> str:
     inner = ", ".join(str(size) for size in shape)
-    return f"({inner}) or (B, {inner})"
+    return f"{shape} or (B, {inner})"
 
 
 def _is_batched(
@@ -208,6 +223,7 @@ def _with_equal_sizes(batch: dict[str, Any]) -> dict[str, Any]:
     sizes = {key: len(value) for key, value in batch.items() if isinstance(value, Tensor) and value.ndim > 0}
     size = next(iter(sizes.values()), 1)
     if (task := batch.get("task")) is not None:
+        _check_task(task)
         batch["task"] = [task] * size if isinstance(task, str) else list(task)
         sizes["task"] = len(batch["task"])
     if len(set(sizes.values())) > 1:
@@ -215,10 +231,19 @@ def _with_equal_sizes(batch: dict[str, Any]) -> dict[str, Any]:
     return batch
 
 
+def _check_task(task: Any) -> None:
+    fits = isinstance(task, list | tuple) and all(isinstance(text, str) for text in task)
+    if not fits and not isinstance(task, str):
+        raise TypeError(
+            f"'task': got {task!r}; expected an instruction, or a list of one for each sample. Numbers are "
+            "task_index: look the text up in the dataset's tasks."
+        )
+
+
 def _missing_message(
     raw: Mapping[str, Any], wanted: Mapping[str, PolicyFeature], missing: list[str], rename: Mapping[str, str]
 ) -> str:
-    spare = [key for key in raw if rename.get(key, key) not in wanted and key not in COMPANIONS]
+    spare = [key for key in raw if rename.get(key, key) not in wanted and not _is_bookkeeping(key)]
     pairs = _suggest({key: raw[key] for key in spare}, wanted, missing)
     rows = [("policy wants", "batch has")]
     rows += [(key, "(missing)" if key in missing else key) for key in wanted] + [("", key) for key in spare]
@@ -232,6 +257,12 @@ def _missing_message(
             f"  rename = {names}\n  raw = {{rename.get(key, key): value for key, value in raw.items()}}"
         )
     return f"the batch lacks {', '.join(missing)}\n{table}\n{mend}"
+
+
+def _is_bookkeeping(key: str) -> bool:
+    """No observation under another name, whatever its shape."""
+    known = (*COMPANIONS, "frame_index", "subtask", "subtask_index")
+    return key in known or key.startswith((ACTION, "next.")) or key.endswith("_is_pad")
 
 
 def _suggest(

@@ -44,9 +44,10 @@ def compute_stats(
 
     episodes: for each episode, {key: array} with N frames each: (N, S), (N,) or, for images, uint8 (N, H, W,
     3).
-    features: {key: {"dtype": …}} as in the dataset; text is passed over. Returns {key: {"min", "max",
-    "mean", "std", "count", "q01", "q10", "q50", "q90", "q99"}}, float64 of shape (S,), (1,) or (3, 1, 1);
-    count int64 (1,).
+    features: {key: {"dtype": …}} as in the dataset; text is passed over.
+
+    Returns {key: {"min", "max", "mean", "std", "count", "q01", "q10", "q50", "q90", "q99"}}, float64 of shape
+    (S,), (1,) or (3, 1, 1); count int64 (1,).
     Raises ValueError when there is no episode, or a value is NaN or infinite (naming episode, key and
     dimension).
     """

@@ -25,8 +25,11 @@ def delta_timestamps(config: Any, fps: float, keys: Iterable[str] | None = None)
     """The windows a policy is trained on, in seconds, as `LeRobotDataset(delta_timestamps=…)` takes them.
 
     config: has input_features, output_features, observation_delta_indices, action_delta_indices (None: the
-    current frame only, without a time axis). keys: the dataset's, where it has others than the policy. Empty
-    when nothing is windowed. Raises ValueError unless fps is positive.
+    current frame only, without a time axis).
+    keys: the dataset's, where it has others than the policy.
+
+    Empty when nothing is windowed.
+    Raises ValueError unless fps is positive.
     """
     if not fps > 0:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Self-checks of chapter 2, ACT: the action queue, the newest prediction's say, a latent's active dimensions."""
+"""Self-checks of chapter 2, ACT: the queue, the newest prediction's say, a latent's active dimensions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from minivla.exercises.verdict import verdict
 
 
 def check_queued(queued: Callable[[Tensor, int], Tensor]) -> None:
-    """Check `queued(chunks, n)`: chunks (T, H, A), one predicted a step, to the actions (T, A) carried out."""
+    """Check `queued(chunks, n)`: chunks (T, H, A), one a step, to the actions (T, A) carried out."""
 
     def complaint() -> str | None:
         step, place = torch.meshgrid(torch.arange(20.0), torch.arange(6.0), indexing="ij")
@@ -28,8 +28,8 @@ def check_queued(queued: Callable[[Tensor, int], Tensor]) -> None:
                 if actions[t].tolist() != [float(value) for value in wanted]:
                     made, which = (int(value) for value in actions[t].tolist())
                     return (
-                        f"with n = {n}, step {t} carries out action {which} of the chunk made at step {made}; "
-                        f"expected action {wanted[1]} of the chunk made at step {wanted[0]}"
+                        f"with n = {n}, step {t} carries out action {which} of the chunk of step {made}; "
+                        f"expected action {wanted[1]} of the chunk of step {wanted[0]}"
                     )
         return None
 
@@ -54,7 +54,7 @@ def check_newest_share(newest_share: Callable[[float, int], float]) -> None:
 
 
 def check_active(active: Callable[..., int]) -> None:
-    """Check `active(mean, log_variance, nats)`: how many latent dimensions cost more than `nats` on average."""
+    """Check `active(mean, log_variance, nats)`: how many dimensions cost more than `nats` on average."""
 
     def complaint() -> str | None:
         # Dimension 0 talks in every sample, 1 in one of four and loudly, 2 by its variance alone, 3 never.

@@ -39,6 +39,9 @@ class InstructionEncoder(nn.Module):
 
     def encode(self, task: Sequence[str]) -> Tensor:
         """Word numbers of B sentences, padded with 0; unknown words are 1. Returns (B, L) int64."""
+        texts = isinstance(task, Sequence) and all(isinstance(text, str) for text in task)
+        if isinstance(task, str) or not texts:
+            raise TypeError(f"task is {task!r}, expected a list of sentences, one for each sample")
         rows = [[self.index.get(word, UNKNOWN) for word in split_words(text)] for text in task]
         longest = max(1, *(len(row) for row in rows))
         return torch.tensor([row + [PADDING] * (longest - len(row)) for row in rows])

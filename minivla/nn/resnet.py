@@ -44,7 +44,8 @@ class FrozenBatchNorm2d(nn.Module):
         """x (B, C, H, W). Returns the same shape."""
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         shift = self.bias - self.running_mean * scale
-        return torch.addcmul(shift[:, None, None], x, scale[:, None, None])
+        # Not addcmul, which would keep x for a gradient that the constant scale never gets.
+        return (x * scale[:, None, None]).add_(shift[:, None, None])
 
 
 Norm = Callable[[int], nn.Module]

@@ -40,7 +40,17 @@ from minivla.nn.masks import key_mask, segment_mask
 from minivla.nn.positions import sine_positions, sine_positions_2d
 from minivla.nn.resnet import ResNet, load_imagenet
 from minivla.nn.transformer import TransformerLayer
-from minivla.policies.base import AnyStats, Batch, Draw, Policy, PolicyConfig, Rng, expect_batch_size, group
+from minivla.policies.base import (
+    AnyStats,
+    Batch,
+    Draw,
+    Policy,
+    PolicyConfig,
+    Rng,
+    expect_batch_size,
+    group,
+    instructions,
+)
 from minivla.segments import Segment, arrange
 
 # Vectors that become a token each: batch key, name, layer.
@@ -306,7 +316,7 @@ class ACT(Policy):
             if key in self.config.input_features:
                 flat.append(getattr(self, layer)(batch[key]))
                 segments.append(Segment(name, "state", 1))
-        instruction = self.instruction(batch["task"]) if self.config.vocabulary else None
+        instruction = self.instruction(instructions(batch)) if self.config.vocabulary else None
         if instruction is not None:
             flat.append(instruction)
             segments.append(Segment("instruction", "language", 1))

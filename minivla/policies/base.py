@@ -14,7 +14,8 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from types import NoneType
+from typing import Any, ClassVar, Self, get_args, get_type_hints
 
 import torch
 from safetensors.torch import save_file
@@ -25,6 +26,7 @@ from minivla.data.features import (
     OBS_ENV_STATE,
     OBS_STATE,
     FeatureType,
+    MissingKey,
     NormalizationMode,
     PolicyFeature,
     features_from_json,
@@ -126,7 +128,10 @@ class PolicyConfig:
         Raises ValueError naming every field this class does not know: a setting we would silently not follow.
         """
         given = {k: v for k, v in content.items() if k not in BOOKKEEPING and k != "minivla"}
-        given |= content.get("minivla", {})
+        for name in ("minivla", "normalization_mapping", "input_features", "output_features"):
+            if not isinstance(table := content.get(name) or {}, Mapping):
+                raise ValueError(f"{name!r} holds {type(table).__name__}, expected a table {{name: value}}")
+        given |= content.get("minivla") or {}
         known = [f.name for f in fields(cls)]
         if unknown := [name for name in (given | overrides) if name not in known]:
             near = {name: difflib.get_close_matches(name, known, 1) for name in unknown}
@@ -134,14 +139,35 @@ class PolicyConfig:
                 f"{name!r}" + (f" (did you mean {n[0]!r}?)" if n else "") for name, n in near.items()
             )
             raise ValueError(f"{cls.__name__} has no field {hints}; its fields are {', '.join(known)}")
-        if "normalization_mapping" in given:
-            given["normalization_mapping"] = {
-                k: NormalizationMode(m) for k, m in given["normalization_mapping"].items()
-            }
+        if given.get("normalization_mapping"):
+            modes = given["normalization_mapping"].items()
+            given["normalization_mapping"] = {kind: _mode(kind, mode) for kind, mode in modes}
         for name in ("input_features", "output_features"):
             given[name] = features_from_json(given.get(name))
         given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+        _expect_types(cls, given | overrides)
         return cls(**(given | overrides))
+
+
+def _mode(kind: str, mode: str) -> NormalizationMode:
+    if mode not in list(NormalizationMode):
+        raise ValueError(
+            f"normalization_mapping[{kind!r}] is {mode!r}, expected one of {', '.join(NormalizationMode)}"
+        )
+    return NormalizationMode(mode)
+
+
+def _expect_types(cls: type[PolicyConfig], given: Mapping[str, Any]) -> None:
+    """Raises ValueError for a number, text or flag of the wrong kind; an int will do for a float."""
+    simple = (int, float, str, bool, NoneType)
+    for name, hint in get_type_hints(cls).items():
+        kinds = get_args(hint) or (hint,)
+        if name not in given or not all(kind in simple for kind in kinds):
+            continue
+        fits = isinstance(given[name], kinds) or (float in kinds and isinstance(given[name], int))
+        if not fits:
+            wanted = " or ".join("None" if kind is NoneType else kind.__name__ for kind in kinds)
+            raise ValueError(f"{name} is {given[name]!r}, expected {wanted}")
 
 
 def _default(f: Field[Any]) -> Any:
@@ -215,9 +241,14 @@ class Policy(nn.Module):
         batch = pipeline(
             to_batch(raw, self.config.input_features, n_obs_steps=history, rename=pipeline.rename_map)
         )
-        return {
-            k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()
-        }
+        return {key: self._placed(value) for key, value in batch.items()}
+
+    def _placed(self, value: Any) -> Any:
+        """On the policy's device, and floating-point numbers in the type of its parameters."""
+        if not isinstance(value, Tensor):
+            return value
+        dtype = next(self.parameters()).dtype if value.is_floating_point() else value.dtype
+        return value.to(self.device, dtype, non_blocking=True)
 
     def postprocess(self, action: Tensor) -> Tensor:
         """Normalised actions (..., A) to robot units, on the CPU."""
@@ -314,3 +345,13 @@ def expect_batch_size(batch: Batch, size: int) -> None:
             f"the batch holds {given} samples, the episode in progress has {size}; "
             "call policy.reset() when a new episode starts"
         )
+
+
+def instructions(batch: Batch) -> Any:
+    """The batch's B sentences. Raises KeyError when it has no "task", for a policy that reads one."""
+    if "task" not in batch:
+        raise MissingKey(
+            "this policy reads an instruction and the batch has no 'task'; add task=[sentence, …], one for "
+            "each sample (an environment gives it as info['task'])"
+        )
+    return batch["task"]

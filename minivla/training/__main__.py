@@ -46,12 +46,8 @@ HELP = {
     "num_workers": "processes that prepare batches",
     "progress": "show a progress bar",
 }
-ENVIRONMENT = (
-    "embodiment",
-    "size",
-    "cameras",
-    "environment_state",
-)  # what demonstrations and evaluation share
+# What demonstrations and evaluation share.
+ENVIRONMENT = ("embodiment", "size", "cameras", "environment_state", "split")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -75,8 +75,8 @@ class Batches(Dataset[dict[str, Any]]):
     def indices(self, step: int) -> list[int]:
         """Which samples step k sees: every one once an epoch, shuffled anew each epoch.
 
-        The processes' batches are consecutive pieces of the batch that one process sees at `batch_size *
-        processes`.
+        The processes' batches are consecutive pieces of the batch that one process sees at
+        `batch_size * processes`.
 
         >>> Batches(range(9), 2, seed=0, process=1, processes=2).indices(0)
         [1, 4]

@@ -32,6 +32,9 @@ import torch
 from minivla.files import atomic_folder, atomic_write, read_json
 
 FILES = "training_state/files.json"
+STATE = "training_state/state.pt"
+NEEDED = (STATE, "pretrained_model/model.safetensors")  # a checkpoint without these is none
+ENTRY = {"size": int, "sha256": str}  # what that table has for a file
 TIMES = "time"  # the key of a log record whose values differ from run to run
 
 
@@ -42,10 +45,11 @@ def save_checkpoint(output: Path, policy: Any, state: dict[str, Any], *, weights
     """
     folder = output / "checkpoints" / f"{state['step']:06d}"
     with atomic_folder(folder) as fresh:
-        with weights or contextlib.nullcontext():
+        with weights or contextlib.nullcontext(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*LeRobot will refuse")  # a run says so at its start
             policy.save(fresh / "pretrained_model")
         (fresh / "training_state").mkdir()
-        torch.save(state, fresh / "training_state" / "state.pt")
+        torch.save(state, fresh / STATE)
         table = {file.relative_to(fresh).as_posix(): _fingerprint(file) for file in _files(fresh)}
         atomic_write(fresh / FILES, json.dumps(table, indent=1) + "\n")
     _point(folder.parent / "last", folder.name)
@@ -98,7 +102,11 @@ def flaw(folder: Path) -> str | None:
         table = read_json(folder / FILES)
     except (FileNotFoundError, ValueError) as error:
         return str(error)
+    if unlisted := [name for name in NEEDED if name not in table]:
+        return f"{FILES} does not list {' and '.join(unlisted)}"
     for name, expected in table.items():
+        if not isinstance(expected, dict) or {key: type(expected[key]) for key in expected} != ENTRY:
+            return f"{FILES} has {expected!r} for {name}, not its size and SHA-256"
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"
@@ -117,8 +125,7 @@ def newest_state(output: Path) -> dict[str, Any] | None:
     for folder in checkpoints(output):
         problem = flaw(folder)
         if problem is None:
-            path = folder / "training_state" / "state.pt"
-            return dict(torch.load(path, map_location="cpu", weights_only=True))
+            return dict(torch.load(folder / STATE, map_location="cpu", weights_only=True))
         warnings.warn(
             f"checkpoint {folder} is not whole: {problem}; falling back to the one before", stacklevel=3
         )

@@ -95,14 +95,16 @@ def evaluate(
     video       a .gif or .mp4 of the first episodes, side by side, framed by their outcome
 
     An episode succeeds when `info["is_success"]` was ever true. The policy comes back in the mode it was
-    in, and the caller's random generators untouched. Raises ValueError for actions (B, A) of a wrong shape
-    or with NaN, KeyError when the environment reports no `is_success`, TypeError when its actions are not a
-    Box.
+    in, and the caller's random generators untouched. Raises ValueError for numbers out of range and for
+    actions (B, A) of a wrong shape or with NaN, KeyError when the environment reports no `is_success`,
+    TypeError when its actions are not a Box.
     """
     if episodes < 1 or batch_size < 1 or seed < 0:
         raise ValueError(
             f"episodes={episodes}, batch_size={batch_size}, seed={seed}; expected ≥ 1, ≥ 1 and ≥ 0"
         )
+    if max_steps is not None and max_steps < 1:
+        raise ValueError(f"max_steps={max_steps}; expected at least 1, or None for the environment's limit")
     path = check_video(video)
     done: list[Episode] = []
     with contextlib.ExitStack() as stack:

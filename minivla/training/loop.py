@@ -162,22 +162,39 @@ def _check(options: dict[str, Any]) -> None:
         ("seed", "warmup_steps", "eval_every", "eval_seed", "save_every", "num_workers"), 0
     )
     for name, smallest in least.items():
-        if options[name] < smallest:
-            raise ValueError(f"{name}={options[name]}; expected a whole number from {smallest} on")
+        if not _whole(options[name], smallest):
+            raise ValueError(f"{name}={options[name]!r}; expected a whole number from {smallest} on")
     if options["schedule"] not in SCHEDULES:
         raise ValueError(f"schedule={options['schedule']!r}; expected one of {', '.join(SCHEDULES)}")
     if options["mixed_precision"] not in (None, "no", "bf16"):
         raise ValueError(f"mixed_precision={options['mixed_precision']!r}; expected 'bf16', 'no' or None")
-    if options["ema"] is not None and not 0 < options["ema"] < 1:
-        raise ValueError(f"ema={options['ema']}; expected a decay between 0 and 1, such as 0.999, or None")
-    if options["keep"] is not None and options["keep"] < 1:
+    expected = {
+        "lr": (math.inf, "a learning rate above 0, such as 1e-4, or None for the policy's own"),
+        "grad_clip": (None, "the largest norm of the gradient, above 0, or None for no clipping"),
+        "ema": (1.0, "a decay between 0 and 1, such as 0.999, or None"),
+    }
+    for name, (bound, words) in expected.items():
+        if options[name] is not None and not _positive(options[name], bound):
+            raise ValueError(f"{name}={options[name]!r}; expected {words}")
+    if options["keep"] is not None and not _whole(options["keep"], 1):
         raise ValueError(
-            f"keep={options['keep']}; expected how many checkpoints stay, at least 1, or None for all"
+            f"keep={options['keep']!r}; expected how many checkpoints stay, at least 1, or None for all"
         )
     if options["eval_every"] and options["eval_env"] is None:
         raise ValueError("eval_every is set and eval_env is not; pass the environment to evaluate in")
     if options["output"] is None and (options["resume"] or options["save_every"]):
         raise ValueError("resume and save_every need output=, the folder that holds the checkpoints")
+
+
+def _whole(value: Any, smallest: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= smallest
+
+
+def _positive(value: Any, bound: float | None) -> bool:
+    """Whether a value is a number above 0, and below `bound` if there is one."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return value > 0 and (bound is None or value < bound)
 
 
 def _bar(step: int, steps: int, *, shown: bool) -> tqdm[Any]:

@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 # The settings that decide the numbers of a run; a resumed run is told when they differ.
-DECISIVE = ("steps", "batch_size", "seed", "lr", "warmup_steps", "schedule", "grad_clip", "ema",
-"mixed_precision",
-            "log_every", "processes", "frames")  # fmt: skip
+DECISIVE = (
+    "steps", "batch_size", "seed", "lr", "warmup_steps", "schedule", "grad_clip", "ema", "mixed_precision",
+    "log_every", "processes", "frames",
+)  # fmt: skip
 
 
 class Run:
@@ -49,6 +50,12 @@ class Run:
             self._resume()
         elif self.main:
             self._expect_fresh()
+        if self.main and self.output and (unusual := policy.config.unusual()):
+            warnings.warn(
+                f"the checkpoints in {self.output} will use fields only minivla knows "
+                f"({', '.join(unusual)}): LeRobot will refuse them",
+                stacklevel=4,
+            )
 
     def _expect_fresh(self) -> None:
         if self.output and ((self.output / "log.jsonl").exists() or checkpoint.checkpoints(self.output)):
@@ -80,7 +87,8 @@ class Run:
         if self.options["ema"]:
             self.average = Average(self.policy, self.options["ema"])
             self.average.load(state["average"] or self.average.weights)
-        self.step, self.window, self.seconds = state["step"], state["window"], state[TIMES]
+        self.step, self.window = state["step"], state["window"]
+        self.seconds, self.window_seconds = state[TIMES]["seconds"], state[TIMES]["window_seconds"]
         changed = [
             f"{k} {state['settings'][k]} → {self.options[k]}"
             for k in DECISIVE
@@ -179,7 +187,7 @@ class Run:
             "average": self.average.weights if self.average else None,
             "window": self.window,
             "settings": {key: self.options[key] for key in DECISIVE},
-            TIMES: self.seconds,
+            TIMES: {"seconds": self.seconds, "window_seconds": self.window_seconds},
         }
 
     def _plot(self, final: bool) -> None:

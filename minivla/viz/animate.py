@@ -84,9 +84,10 @@ def rollout_frames(
 ) -> list[np.ndarray]:
     """One frame an observation, its cameras side by side. Returns uint8 (H, W, 3) each.
 
-    observations: what an environment gave, step by step; cameras: keys, or their last parts ("table"), all
-    when None. Raises KeyError for a camera that is not there, ValueError when there are no observations or
-    no cameras.
+    observations: what an environment gave, step by step.
+    cameras: keys, or their last parts ("table"), all when None.
+
+    Raises KeyError for a camera that is not there, ValueError when there are no observations or no cameras.
     """
     listed = list(observations)
     if not listed:

@@ -38,11 +38,14 @@ def plot_attention(
 ) -> Figure:
     """What one query of one attention site looks at: patches of the cameras, and shares of the segments.
 
-    call: one forward call of a trace. query: a position at this site, or a segment's name (the mean of its
-    tokens). head: None for the mean of all. images: {key: (3, H, W) or (H, W, 3)} to draw under the
-    patches; without it the normalised images of the batch, rescaled for display. KeyError for a site that
-    was not kept, a segment or an image that is not there; ValueError for a position, head or sample out of
-    range.
+    call: one forward call of a trace.
+    query: a position at this site, or a segment's name (the mean of its tokens).
+    head: None for the mean of all.
+    images: {key: (3, H, W) or (H, W, 3)} to draw under the patches; without it the normalised images of the
+    batch, rescaled for display.
+
+    KeyError for a site that was not kept, a segment or an image that is not there; ValueError for a position,
+    head or sample out of range.
     """
     weights = attention_weights(call, site, query=query, head=head, sample=sample)
     queries, keys = call.sites[site]

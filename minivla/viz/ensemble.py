@@ -30,9 +30,10 @@ def plot_ensemble(
     """Chunks as rows over time, each cell as strong as its say in its moment; below, what comes of it.
 
     chunks (T, H, A) or (T, H): the chunk predicted at each of T steps, one dimension of which is drawn.
-    coefficient: m of weight exp(-m i), where i = 0 is the oldest prediction. `at` is the moment whose
-    weights are written out (default: the last that a full set of chunks speaks of). Raises ValueError for
-    other shapes or a moment out of range.
+    coefficient: m of weight exp(-m i), where i = 0 is the oldest prediction. `at` is the moment whose weights
+    are written out (default: the last that a full set of chunks speaks of).
+
+    Raises ValueError for other shapes or a moment out of range.
     """
     values = _check(chunks, dimension)
     steps, horizon = values.shape

@@ -137,10 +137,11 @@ def plot_windows(
     """Windows at an episode's end: one row a frame, one cell an action, padding hatched.
 
     indices, is_pad (rows, H), as `minivla.data.window_indices` gives them for consecutive deltas; a padded
-    cell stands where its frame would be and tells which frame is repeated there. observations: the same
-    pair for the observation window, drawn above each row. current: the frame each row belongs to, where it
-    is not the last observation or else the first action. Raises ValueError when shapes differ or a row is
-    all padding.
+    cell stands where its frame would be and tells which frame is repeated there.
+    observations: the same pair for the observation window, drawn above each row.
+    current: the frame each row belongs to, where it is not the last observation or else the first action.
+
+    Raises ValueError when shapes differ or a row is all padding.
     """
     frames, pad = _window(indices, is_pad)
     seen = None if observations is None else _window(*observations)

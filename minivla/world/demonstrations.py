@@ -34,8 +34,10 @@ COUNTERS = {"timestamp": "float32"} | dict.fromkeys(
 class Demonstrations(Dataset[dict[str, Any]]):
     """Whole episodes, held as arrays; items are those of `LeRobotDataset.__getitem__`.
 
-    columns: key -> array (frames, …), pictures as uint8 (frames, H, W, 3). lengths: frames in each episode.
-    tasks: the instruction of each episode. features: columns as `meta/info.json` describes them.
+    columns: key -> array (frames, …), pictures as uint8 (frames, H, W, 3).
+    lengths: frames in each episode.
+    tasks: the instruction of each episode.
+    features: columns as `meta/info.json` describes them.
     delta_timestamps: see `windows`.
 
     An item has a tensor for every column (pictures float32 (3, H, W) in [0, 1]), scalars `timestamp` in
@@ -178,9 +180,12 @@ def demonstrations(
     """Successful episodes of the expert, `episodes` of them; the same ones for the same seed.
 
     noise: the share of steps, in [0, 1), in which a disturbance moves the robot elsewhere than the recorded
-    action says. delta_timestamps: as in `Demonstrations.windows`. progress: show a bar. The other arguments
-    are Tabletop's. Raises ValueError for unknown names and numbers out of range, RuntimeError when the expert
-    keeps failing.
+    action says.
+    delta_timestamps: as in `Demonstrations.windows`.
+    progress: show a bar.
+
+    The other arguments are Tabletop's.
+    Raises ValueError for unknown names and numbers out of range, RuntimeError when the expert keeps failing.
     """
     if episodes < 1 or seed < 0 or not 0 <= noise < 1:
         raise ValueError(
@@ -194,12 +199,12 @@ def demonstrations(
         {key: np.stack([frame[key] for frame in frames]) for key in frames[0]},
         [len(episode) for episode, _ in kept],
         [instruction for _, instruction in kept],
-        features_of(env),
+        columns_of(env),
         delta_timestamps=delta_timestamps,
     )
 
 
-def features_of(env: Tabletop) -> dict[str, dict[str, Any]]:
+def columns_of(env: Tabletop) -> dict[str, dict[str, Any]]:
     """The columns an environment's frames have, as LeRobot's `meta/info.json` describes them."""
     names = {OBS_STATE: list(env.embodiment.state_names), ACTION: list(env.action_spec.names)}
     features: dict[str, dict[str, Any]] = {}

@@ -29,10 +29,11 @@ def record(
     """Write the episodes that `demonstrations(task, episodes, seed, **options)` gives to a folder, and open
     it.
 
-    root: the folder, which appears when it is whole, and not at all after an error. repo_id: the name it
-    would have on the hub, "minivla/tabletop-<task>" by default. overwrite: replace what is there.
-    `delta_timestamps` among the options is for the dataset returned. Raises FileExistsError when there is
-    something at `root`, ImportError without LeRobot.
+    root: the folder, which appears when it is whole, and not at all after an error.
+    repo_id: the name it would have on the hub, "minivla/tabletop-<task>" by default.
+    overwrite: replace what is there. `delta_timestamps` among the options is for the dataset returned.
+
+    Raises FileExistsError when there is something at `root`, ImportError without LeRobot.
     """
     if Path(root).exists() and not overwrite:
         raise FileExistsError(

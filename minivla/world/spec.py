@@ -34,10 +34,13 @@ class ActionSpec:
     """What the numbers of an action mean.
 
     names, units, absolute: one entry for each action dimension; `absolute` is False where the number is a
-    change. max_step: the farthest each dimension can take the robot in one step, in its units. Where
-    `absolute` is False the action is a share of it, in [-1, 1]; where True the action is a place to be,
-    approached by at most this much. gripper: the indices of the gripper commands. Above zero closes, zero and
-    below opens: `gripper_closes` is the sign. frame: the coordinate frame of the motion.
+    change.
+    max_step: the farthest each dimension can take the robot in one step, in its units. Where `absolute` is
+    False the action is a share of it, in [-1, 1]; where True the action is a place to be, approached by at
+    most this much.
+    gripper: the indices of the gripper commands. Above zero closes, zero and below opens: `gripper_closes` is
+    the sign.
+    frame: the coordinate frame of the motion.
     """
 
     names: tuple[str, ...]

@@ -20,16 +20,20 @@ SCREEN = 384  # pixels along a side of what `render` shows
 class Tabletop(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
     """A table seen from above, a gripper, coloured blocks and goals, and a sentence that says what to do.
 
-    task: one of `TASKS`. embodiment: one of `EMBODIMENTS`. size: pixels along a picture's side. cameras: any
-    of "table", "wrist" and, of two grippers, "wrist_right", possibly none. environment_state: also observe
-    where everything is. max_steps: steps until truncation (the task's own when None). split: which
-    instructions to draw, "train", "test" (combinations held out) or "all".
+    task: one of `TASKS`.
+    embodiment: one of `EMBODIMENTS`.
+    size: pixels along a picture's side.
+    cameras: any of "table", "wrist" and, of two grippers, "wrist_right", possibly none.
+    environment_state: also observe where everything is.
+    max_steps: steps until truncation (the task's own when None).
+    split: which instructions to draw, "train", "test" (combinations held out) or "all".
 
     Observations are a dict with LeRobot's keys: `observation.state` float32 (S,),
     `observation.images.<camera>` uint8 (size, size, 3), `observation.environment_state` float32 (E,):
     positions of the current part's block and goal, then of the others. `info` has `task` (the instruction),
     `subtask` (its current part) and `is_success`. The reward is 1 on the step that finishes the task, which
-    ends the episode, else 0. Actions are described by `action_spec`. Raises ValueError for unknown names.
+    ends the episode, else 0. Actions are described by `action_spec`. Raises ValueError for unknown
+    names and numbers out of range, TypeError for arguments of the wrong kind.
     """
 
     metadata = {"render_modes": ["rgb_array", "human"], "render_fps": spec.FPS}  # noqa: RUF012
@@ -52,6 +56,9 @@ class Tabletop(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         _known("embodiment", embodiment, EMBODIMENTS)
         _known("split", split, language.SPLITS)
         _known("render_mode", render_mode, (None, *self.metadata["render_modes"]))
+        _whole(size=size, **({} if max_steps is None else {"max_steps": max_steps}))
+        if isinstance(cameras, str):
+            raise TypeError(f"cameras={cameras!r}; expected a tuple of names. Write cameras=({cameras!r},).")
         if size < 16 or (max_steps is not None and max_steps < 1):
             raise ValueError(
                 f"size={size}, max_steps={max_steps}; expected size ≥ 16, max_steps ≥ 1 or None."
@@ -190,6 +197,12 @@ def _where(scene: Scene) -> np.ndarray:
     return np.concatenate(points).astype(np.float32)
 
 
+def _whole(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            raise TypeError(f"{name}={value!r}; expected a whole number, without quotation marks or point.")
+
+
 def _known(what: str, name: str | None, names: Iterable[str | None]) -> None:
-    if name not in names:
+    if name not in list(names):  # a list, so that what cannot be hashed is refused by name as well
         raise ValueError(f"Unknown {what} {name!r}. Known: {', '.join(str(known) for known in names)}.")

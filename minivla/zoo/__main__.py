@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from minivla.zoo.recipes import CHECKPOINTS, RECIPES, cook, measure
+from minivla.checkpoints.hub import CHECKPOINTS
+from minivla.zoo.recipes import RECIPES, cook, measure
 
 
 def main() -> None:

@@ -64,3 +64,11 @@ def test_what_is_no_dataset_is_refused():
         TypeError, match=r"got a list; expected a dataset with `.features`.*Pass a LeRobotDataset"
     ):
         features_of([1, 2])
+
+
+@pytest.mark.parametrize(
+    "table", [[1], "x", {"observation.state": 3}, {"a": {"type": "STATE", "shape": "64"}}]
+)
+def test_a_malformed_table_is_refused(table):
+    with pytest.raises(ValueError, match=r"reads .*; expected .*Mend"):
+        features_from_json(table)

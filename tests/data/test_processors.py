@@ -287,3 +287,41 @@ def test_state_files_outside_the_folder_are_not_read(tmp_path):
     rewrite(inside, content)
     with pytest.raises(FileNotFoundError):
         read_pipeline(inside)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "a",
+        ["to_batch_processor"],
+        {"registry_name": ["to_batch_processor"]},
+        {"registry_name": "to_batch_processor", "config": [1]},
+        {"registry_name": "normalizer_processor", "config": {}, "state_file": 3},
+    ],
+)
+def test_an_entry_of_the_wrong_kind_is_shown(tmp_path, entry):
+    rewrite(tmp_path, {"name": "x", "steps": [entry]})
+    with pytest.raises(
+        ValueError, match=r"step 0 of .*policy_preprocessor.json reads .*expected \{'registry_"
+    ):
+        read_pipeline(tmp_path)
+
+
+@pytest.mark.parametrize("settings", [{"norm_map": [1], "features": {}}, {"norm_map": {}, "features": [1]}])
+def test_settings_of_the_wrong_kind_are_shown(tmp_path, settings):
+    entry = {"registry_name": "normalizer_processor", "config": settings}
+    rewrite(tmp_path, {"name": "x", "steps": [entry]})
+    with pytest.raises(ValueError, match=r"reads \[1\]; expected|'norm_map': \[1\].*of the wrong kind"):
+        read_pipeline(tmp_path)
+
+
+def test_statistics_given_in_place_of_the_folders_must_vary(tmp_path):
+    content = saved(tmp_path)
+    flat = STATS | {"action": {"min": [0.0, 1.0], "max": [0.0, 2.0]}}
+    with pytest.raises(ValueError, match=r"action\[0\]: constant, .*allow_constant=True"):
+        read_pipeline(tmp_path, stats=flat)
+    with pytest.raises(TypeError, match=r"stats is str; expected .*dataset\.stats"):
+        read_pipeline(tmp_path, stats="dataset")
+    (tmp_path / content["steps"][3]["state_file"]).unlink()  # not needed any more
+    again = read_pipeline(tmp_path, stats=flat, allow_constant=True)
+    assert again.stats["action"]["max"].tolist() == [0.0, 2.0]

@@ -74,6 +74,38 @@ def test_three_rows_of_pixels_are_told_from_three_channels_by_the_expected_size(
     assert to_batch({TOP: torch.zeros(3, 5, 3)}, features)[TOP].shape == (1, 3, 5, 3)
 
 
+@pytest.mark.parametrize("image", [np.zeros((12, 16, 3), np.uint8), torch.zeros(2, 3, 12, 16)])
+def test_an_image_of_another_size_is_refused_unless_the_policy_resizes(image):
+    state = np.zeros((*image.shape[:-3], 4), np.float32)
+    with pytest.raises(
+        ValueError, match=rf"'{TOP}': got an image of 12 x 16 pixels .*; expected 6 x 8, .*Mend: resize"
+    ) as caught:
+        to_batch({TOP: image, STATE: state}, FEATURES)
+    assert "Tabletop(" not in str(caught.value)  # its pictures are square
+    with pytest.raises(ValueError, match=r"or build it so: Tabletop\(size=8\)"):
+        to_batch({TOP: image, STATE: state}, FEATURES | {TOP: PolicyFeature("VISUAL", (3, 8, 8))})
+    assert to_batch({TOP: image, STATE: state}, FEATURES, resizes=True)[TOP].shape[-2:] == (12, 16)
+
+
+def test_what_is_no_observation_is_no_candidate_for_one():
+    given = raw(
+        task="x",
+        action=np.zeros(4),
+        action_is_pad=np.zeros(4, bool),
+        frame_index=np.zeros(4),
+        **dict.fromkeys(("index", "timestamp", "episode_index", "task_index"), 0),
+    )
+    given["observation.arm"] = given.pop(STATE)
+    with pytest.raises(MissingKey) as caught:
+        to_batch(given, FEATURES)
+    assert [line.split()[-1] for line in str(caught.value).splitlines()[2:5]] == [
+        TOP,
+        "(missing)",
+        "observation.arm",
+    ]
+    assert f"rename = {{'observation.arm': '{STATE}'}}" in str(caught.value).splitlines()[-2]
+
+
 def test_a_missing_camera_shows_both_sides_and_the_rename():
     given = raw(**{"observation.images.front": np.zeros((6, 8, 3), np.uint8), "task": "x"})
     given["observation.images.up"] = given.pop(TOP)
@@ -115,7 +147,7 @@ def test_a_renamed_camera_is_checked_under_the_policys_name():
 
 def test_a_wrong_state_is_refused():
     with pytest.raises(
-        ValueError, match=r"'observation.state': got shape \(7,\); expected \(4\) or \(B, 4\).*Give the same"
+        ValueError, match=r"'observation.state': got shape \(7,\); expected \(4,\) or \(B, 4\).*Give the same"
     ):
         to_batch(raw(**{STATE: np.zeros(7)}), FEATURES)
     with pytest.raises(
@@ -162,6 +194,12 @@ def test_one_instruction_serves_a_whole_batch():
     assert to_batch(pair | {"task": "sort"}, FEATURES)["task"] == ["sort", "sort"]
     assert to_batch(pair | {"task": np.array(["a", "b"])}, FEATURES)["task"] == ["a", "b"]
     assert to_batch(pair | {"task": ("a", "b")}, FEATURES)["task"] == ["a", "b"]
+
+
+@pytest.mark.parametrize("task", [3, [3, 4], torch.zeros(2), np.zeros(2)])
+def test_a_task_that_is_no_text_is_refused(task):
+    with pytest.raises(TypeError, match=r"'task': got .*; expected an instruction"):
+        to_batch(PAIR | {"task": task}, FEATURES)
 
 
 # A history of two steps: one leading axis is batch or time.

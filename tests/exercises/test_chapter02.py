@@ -89,8 +89,8 @@ def of_the_sum(mean, log_variance, nats=0.05):
 
 
 MISTAKES = [
-    (chapter02.check_queued, always_the_newest, "expected action 1 of the chunk made at step 0"),
-    (chapter02.check_queued, chunks_counted_not_steps, "expected action 0 of the chunk made at step 4"),
+    (chapter02.check_queued, always_the_newest, "expected action 1 of the chunk of step 0"),
+    (chapter02.check_queued, chunks_counted_not_steps, "expected action 0 of the chunk of step 4"),
     (chapter02.check_queued, one_chunk_only, "returns shape (6, 2); expected (20, 2)"),
     (chapter02.check_newest_share, newest_counted_as_first, "i = 0 is the oldest"),
     (chapter02.check_newest_share, not_normalised, "expected 0.25"),

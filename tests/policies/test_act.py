@@ -29,6 +29,36 @@ def test_acting_goes_from_raw_to_robot_units():
     assert not torch.allclose(policy.act(tiny_raw(seed=9)), policy.postprocess(chunk[:, 0]))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_acting_in_another_precision(dtype):
+    policy = tiny_act()
+    expected = policy.act(tiny_raw())
+    policy.to(dtype).reset()
+    torch.testing.assert_close(policy.act(tiny_raw()).float(), expected, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("task", [None, 3, [3, 4]])
+def test_an_instruction_that_is_no_text_is_refused(task):
+    policy = tiny_act()
+    with pytest.raises((KeyError, TypeError, ValueError), match="task"):
+        policy.act({key: value for key, value in (tiny_raw() | {"task": task}).items() if value is not None})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"chunk_sise": 4}, r"no field 'chunk_sise' \(did you mean 'chunk_size'\?\)"),
+        ({"minivla": [1]}, "'minivla' holds list, expected a table"),
+        ({"normalization_mapping": {"STATE": "MEDIAN"}}, "MEDIAN.*MEAN_STD"),
+        ({"input_features": [1]}, "'input_features' holds list, expected a table"),
+        ({"n_action_steps": "8"}, "n_action_steps is '8', expected int"),
+    ],
+)
+def test_a_config_that_says_nonsense_is_refused(content, message):
+    with pytest.raises(ValueError, match=message):
+        ACTConfig.from_json(tiny_config().to_json() | content)
+
+
 def test_one_observation_without_a_batch_axis_is_enough():
     raw = {key: value[0] for key, value in tiny_raw().items()}
     assert tiny_act().act(raw).shape == (1, 2)

@@ -104,6 +104,7 @@ def test_settings_of_the_config_are_checked():
 
 def test_evaluation_follows_the_demonstrations():
     assert _matching_env(TABLETOP) == "tabletop:pick_place?cameras=table&size=32"
+    assert _matching_env("tabletop:reach?split=test&seed=1") == "tabletop:reach?split=test"
     assert _matching_env("tabletop:push?episodes=3") == "tabletop:push"
     with pytest.raises(ValueError, match="needs --eval-env"):
         _matching_env("lerobot/pusht")

@@ -157,6 +157,12 @@ def test_impossible_numbers(wrong):
         run(Scripted(), **wrong)
 
 
+@pytest.mark.parametrize("steps", [0, -3])
+def test_an_episode_needs_a_step(steps):
+    with pytest.raises(ValueError, match=f"max_steps={steps}; expected at least 1, or None"):
+        run(Scripted(), max_steps=steps)
+
+
 def test_a_video_shows_the_first_episodes(tmp_path):
     from PIL import Image
 

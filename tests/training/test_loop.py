@@ -133,6 +133,16 @@ def test_learning_rate_and_clipping():
     assert not torch.equal(bound.policy.head.weight, free.policy.head.weight)
 
 
+def test_a_run_says_once_that_lerobot_will_refuse_its_checkpoints(tmp_path, monkeypatch, recwarn):
+    monkeypatch.setattr("tests.training.tiny.TinyConfig.MINIVLA_FIELDS", ("width",))
+    run(tiny(width=20), output=tmp_path / "run", save_every=5)
+    told = [str(warning.message) for warning in recwarn if "LeRobot will refuse" in str(warning.message)]
+    assert told == [
+        f"the checkpoints in {tmp_path / 'run'} will use fields only minivla knows (width): "
+        "LeRobot will refuse them"
+    ]
+
+
 def test_frozen_parameters_do_not_move():
     policy = tiny()
     policy.encoder.requires_grad_(False)
@@ -190,6 +200,19 @@ def test_an_existing_run_is_not_overwritten(tmp_path):
     ("wrong", "message"),
     [
         ({"steps": 0}, "steps=0; expected a whole number from 1 on"),
+        ({"steps": 1.5}, "steps=1.5; expected a whole number from 1 on"),
+        ({"batch_size": "8"}, "batch_size='8'; expected a whole number from 1 on"),
+        ({"save_every": True}, "save_every=True; expected a whole number from 0 on"),
+        ({"lr": 0}, "lr=0; expected a learning rate above 0"),
+        ({"lr": -1e-3}, "lr=-0.001; expected a learning rate above 0"),
+        ({"lr": math.inf}, "lr=inf; expected a learning rate above 0"),
+        ({"lr": math.nan}, "lr=nan; expected a learning rate above 0"),
+        ({"lr": "1e-3"}, "lr='1e-3'; expected a learning rate above 0"),
+        ({"grad_clip": 0.0}, "grad_clip=0.0; expected the largest norm of the gradient"),
+        ({"grad_clip": -1}, "grad_clip=-1; expected the largest norm of the gradient"),
+        ({"ema": True}, "ema=True; expected a decay between 0 and 1"),
+        ({"ema": "0.9"}, "ema='0.9'; expected a decay between 0 and 1"),
+        ({"keep": 1.5}, "keep=1.5; expected how many checkpoints stay"),
         ({"seed": -1}, "seed=-1; expected a whole number from 0 on"),
         ({"schedule": "linear"}, "schedule='linear'; expected one of cosine, constant"),
         ({"mixed_precision": "fp16"}, "mixed_precision='fp16'; expected 'bf16', 'no' or None"),

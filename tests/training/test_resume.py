@@ -1,5 +1,6 @@
 """Runs that are killed, interrupted, damaged and shared between processes."""
 
+import json
 import random
 import shutil
 import signal
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from minivla.training import train
+from minivla.training.checkpoint import _fingerprint
 from tests.training.conftest import assert_same_bits, kill, log_lines, state, wait_for_steps
 from tests.training.tiny import TinyData, TinyEnv, script, tiny
 
@@ -72,6 +74,36 @@ def test_an_unfinished_log_window_survives(tmp_path, reference):
     assert_same_run(tmp_path / "two", tmp_path / "one")
 
 
+def test_the_clock_of_an_unfinished_log_window_survives(tmp_path):
+    """Two of the window's six steps took a hundred seconds, says the checkpoint they are kept in."""
+    whole(tmp_path, steps=20, log_every=6)
+    folder = tmp_path / "checkpoints" / "000020"
+    shutil.rmtree(folder)
+    shutil.rmtree(tmp_path / "checkpoints" / "000015")
+    file = tmp_path / "checkpoints" / "000010" / "training_state" / "state.pt"
+    kept = torch.load(file, weights_only=True)
+    assert kept["time"]["window_seconds"] > 0
+    kept["time"] = {"seconds": 1000.0, "window_seconds": 100.0}
+    torch.save(kept, file)
+    table = file.with_name("files.json")
+    listed = json.loads(table.read_text())
+    listed["training_state/state.pt"] = _fingerprint(file)
+    table.write_text(json.dumps(listed))
+    whole(tmp_path, steps=20, log_every=6, resume=True)
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    times = {r["step"]: r["time"] for r in map(json.loads, lines) if "time" in r}
+    assert 1100 <= times[12]["seconds"] < 1110
+    assert 0.05 < times[12]["steps_per_s"] <= 0.06
+    assert 1100 <= times[18]["seconds"] < 1110
+
+
+LISTS = {
+    "no list": '{"half',
+    "empty list": "{}",
+    "malformed list": '{"training_state/state.pt": 3, "pretrained_model/model.safetensors": {}}',
+}
+
+
 def damage(folder, how):
     weights = folder / "pretrained_model" / "model.safetensors"
     content = weights.read_bytes()
@@ -82,7 +114,7 @@ def damage(folder, how):
     elif how == "missing file":
         (folder / "training_state" / "state.pt").unlink()
     else:
-        (folder / "training_state" / "files.json").write_text('{"half')
+        (folder / "training_state" / "files.json").write_text(LISTS[how])
 
 
 @pytest.mark.parametrize(
@@ -92,6 +124,8 @@ def damage(folder, how):
         ("flipped bit", r"000030 is not whole: pretrained_model/model.safetensors is not what was written"),
         ("missing file", r"000030 is not whole: training_state/state.pt is missing"),
         ("no list", r"000030 is not whole: .*files.json is not JSON"),
+        ("empty list", r"files.json does not list .*state.pt and pretrained_model/model.safetensors; fall"),
+        ("malformed list", r"files.json has 3 for training_state/state.pt, not its size and SHA-256; fall"),
     ],
 )
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, reference, how, message):

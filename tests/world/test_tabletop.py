@@ -170,6 +170,7 @@ def test_actions_beyond_the_bounds_are_clipped() -> None:
     ("wrong", "says"),
     [
         ({"task": "dance"}, "task 'dance'.*pick_place"),
+        ({"task": ["reach"]}, r"task \['reach'\].*pick_place"),
         ({"embodiment": "legs"}, "embodiment 'legs'.*cartesian"),
         ({"split": "validation"}, "split 'validation'.*train"),
         ({"cameras": ("front",)}, "camera 'front'.*table"),
@@ -181,6 +182,21 @@ def test_actions_beyond_the_bounds_are_clipped() -> None:
 )
 def test_unknown_names_list_the_known_ones(wrong: dict, says: str) -> None:
     with pytest.raises(ValueError, match=says):
+        world.Tabletop(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"size": "64"}, "size='64'; expected a whole number"),
+        ({"size": None}, "size=None; expected"),
+        ({"size": 64.0}, "size=64.0; expected"),
+        ({"max_steps": "9"}, "max_steps='9'; expected"),
+        ({"cameras": "table"}, r"cameras='table'.*Write cameras=\('table',\)"),
+    ],
+)
+def test_arguments_of_the_wrong_kind(wrong: dict, says: str) -> None:
+    with pytest.raises(TypeError, match=says):
         world.Tabletop(**wrong)
 
 
