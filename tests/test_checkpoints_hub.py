@@ -218,7 +218,9 @@ def test_hub_dtype_unknown_to_torch(server: type[Hub], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "/a/b", "./a", "../a", "~/a", "a/", "a b/c"])
-def test_names_that_are_no_repository(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_that_are_no_repository(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # where there is no ../a either
     monkeypatch.setattr(hub, "download", None)
     assert hub.HUB_ID.fullmatch(name) is None
     with pytest.raises(FileNotFoundError, match="there is no such folder"):
