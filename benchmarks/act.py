@@ -8,8 +8,8 @@ by default) and sends cameras of one size through the backbone together.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -126,8 +126,6 @@ def memory(size: str, samples: int, rounds: int) -> Row:
 
 def peak_of_training(who: str, size: str, samples: int) -> float:
     """Megabytes at the peak of two steps, above those after the imports; in a process of its own."""
-    import resource
-
     import psutil
 
     if who == "theirs":
@@ -139,8 +137,18 @@ def peak_of_training(who: str, size: str, samples: int) -> float:
     before = psutil.Process().memory_info().rss / 1e6
     step = training_step(make_ours(size) if who == "ours" else make_theirs(size), make_batch(size, samples))
     step(), step()
-    kilobyte = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte / 1e6 - before
+    return peak_memory() - before
+
+
+def peak_memory() -> float:
+    """Megabytes at this process's peak. Linux has VmHWM; its ru_maxrss would hold the parent's peak too."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024 / 1e6
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def rows() -> list[Row]:
