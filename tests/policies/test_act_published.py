@@ -60,13 +60,6 @@ def test_lerobots_default_folder_loads_and_computes_the_same_and_ours_loads_ther
     expected = after(theirs.predict_action_chunk(before(raw)))
     assert relative_error(chunk, expected) < 1e-5
 
-    # In bfloat16 we are no farther from LeRobot than it is from itself. Autocast: its zero latent is float32.
-    batch = before(raw)
-    exact = theirs.predict_action_chunk(batch)
-    with torch.autocast("cpu", torch.bfloat16):
-        rough, rough_ours = theirs.predict_action_chunk(batch), ours.predict_action_chunk(batch)
-    assert (rough_ours - rough).abs().max() <= (rough - exact).abs().max()
-
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ours.save(tmp_path / "ours")
