@@ -13,17 +13,28 @@ import torch as torch  # the one heavy import, made here so that its cost is whe
 if TYPE_CHECKING:
     from minivla.checkpoints import list_checkpoints, load
     from minivla.policies.base import Policy
+    from minivla.proof import prove_masks
     from minivla.recorder import trace
     from minivla.training import evaluate, train
 
 __version__ = "0.1.0"
-__all__ = ["Policy", "__version__", "evaluate", "list_checkpoints", "load", "trace", "train"]
+__all__ = [
+    "Policy",
+    "__version__",
+    "evaluate",
+    "list_checkpoints",
+    "load",
+    "prove_masks",
+    "trace",
+    "train",
+]
 
 _HOME = {
     "Policy": "minivla.policies.base",
     "evaluate": "minivla.training",
     "list_checkpoints": "minivla.checkpoints",
     "load": "minivla.checkpoints",
+    "prove_masks": "minivla.proof",
     "trace": "minivla.recorder",
     "train": "minivla.training",
 }

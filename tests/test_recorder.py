@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import warnings
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 import minivla
 from minivla import recorder
 from minivla.nn.attention import MultiheadAttention
+from minivla.segments import Segment
 from tests.policies.small import tiny_act, tiny_batch, tiny_raw
 
 
@@ -77,7 +79,7 @@ def test_a_loss_shows_the_vae_and_its_padding():
     assert (weight[..., 6:] == 0).all()
     assert not t.masks["vae_encoder.0"][..., 6:].any()
     assert t.chunk is None
-    assert set(t.hidden) >= {"latent", "encoder", "decoder", "vae_encoder"}
+    assert set(t.hidden) >= {"latent", "encoder", "decoder", "vae_encoder", "posterior"}
 
 
 def test_calls_add_up_and_plain_attributes_mean_the_last():
@@ -173,3 +175,194 @@ def test_blocks_record_nothing_when_no_trace_is_on():
     tokens = torch.randn(1, 3, 8)
     assert recorder.current() is None
     assert attention(tokens, tokens, tokens).shape == (1, 3, 8)
+
+
+def test_a_segment_list_that_does_not_add_up_to_the_sequence_is_refused():
+    call = recorder.Call("forward", {})
+    with pytest.raises(
+        ValueError, match=r"segments add up to 2 tokens \(state 2\), the mask .* shape \(3, 3\)"
+    ):
+        call.describe([Segment("state", "state", 2)], torch.ones(3, 3, dtype=torch.bool))
+
+
+def test_a_layer_that_was_not_kept_is_named_with_those_that_were():
+    *_, t = traced(attention=["decoder.*.cross"])
+    with pytest.raises(ValueError, match=r"'encoder\.0' was not kept; this trace holds decoder\.0\.cross of"):
+        t.plot_attention("encoder.0")
+    with pytest.raises(ValueError, match=r"no site 'encoder\.7'; this call has encoder\.0, decoder"):
+        t.plot_mask("encoder.7")
+    with pytest.raises(ValueError, match="integrated no flow"):
+        t.plot_flow()
+
+
+def test_two_threads_trace_one_policy_at_once():
+    policy = tiny_act()
+    batches = [policy.preprocess(tiny_raw()), policy.preprocess(tiny_raw(1))]
+    inside, traces = threading.Barrier(2), [None, None]
+
+    def look(i):
+        with minivla.trace(policy) as traces[i]:
+            inside.wait()
+            for _ in range(3):
+                policy.predict_action_chunk(batches[i])
+            inside.wait()
+
+    threads = [threading.Thread(target=look, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [[len(call.chunk) for call in t.calls] for t in traces] == [[2, 2, 2], [1, 1, 1]]
+    assert "forward" not in vars(policy)
+
+
+def test_one_trace_may_be_open_in_two_threads_and_twice_in_one():
+    policy = tiny_act()
+    batch = policy.preprocess(tiny_raw())
+    t = minivla.trace(policy)
+
+    def look():
+        with t, t:
+            policy.predict_action_chunk(batch)
+
+    threads = [threading.Thread(target=look) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(t.calls) == 4
+    assert "forward" not in vars(policy)
+
+
+def test_a_trace_of_another_policy_inside_does_not_blind_the_outer_one():
+    policy, other = tiny_act(), tiny_act(seed=1)
+    batch = policy.preprocess(tiny_raw())
+    with minivla.trace(policy) as outer, minivla.trace(other) as inner:
+        policy.predict_action_chunk(batch)
+        other.predict_action_chunk(batch)
+    assert (len(inner.calls), len(outer.calls)) == (1, 1)
+
+
+def test_a_method_the_policy_was_given_is_run_and_put_back():
+    policy = tiny_act()
+    batch = policy.preprocess(tiny_raw())
+    own, ran = policy.predict_action_chunk, []
+    policy.predict_action_chunk = lambda batch: (ran.append(1), own(batch))[1]
+    given = policy.predict_action_chunk
+    with minivla.trace(policy) as t:
+        policy.predict_action_chunk(batch)
+    assert ran == [1]
+    assert len(t.calls) == 1
+    assert policy.predict_action_chunk is given
+
+
+def test_a_cache_adds_up_to_one_picture():
+    """Prefill, then rows one after another, as a decoder with a cache makes them: the whole causal triangle.
+    A row computed again, as by a sampler's next step, replaces the older one.
+    """
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8)  # four query heads share two key heads
+    causal = torch.ones(1, 5, 5, dtype=torch.bool).tril()
+    whole = recorder.Call("forward", {})
+    whole.record_attention("joint.0", query, key, causal)
+    whole.finish()
+    call = recorder.Call("forward", {})
+    call.record_attention("joint.0", query[:, :, :3], key[:, :, :3], causal[:, :3, :3], start=0)
+    call.record_attention("joint.0", torch.randn(2, 4, 1, 8), key[:, :, :4], None, start=3)
+    for row in (3, 4):
+        call.lay_out("joint.*", *[[Segment("words", "language", row + 1)]] * 2)
+        call.record_attention("joint.0", query[:, :, [row]], key[:, :, : row + 1], None, start=row)
+    call.finish()
+    torch.testing.assert_close(call.attention["joint.0"], whole.attention["joint.0"])
+    assert torch.equal(call.masks["joint.0"], causal.expand(2, 5, 5))
+    assert call.sites["joint.0"][1] == [Segment("words", "language", 5)]
+
+
+def test_a_row_that_may_see_nothing_is_shown_empty():
+    call = recorder.Call("forward", {})
+    call.record_attention(
+        "a", torch.randn(1, 1, 2, 4), torch.randn(1, 1, 2, 4), torch.tensor([[[True], [False]]])
+    )
+    call.finish()
+    assert call.attention["a"][0, 0, 1].tolist() == [0.0, 0.0]
+
+
+def test_everything_of_a_big_model_warns_with_the_memory_it_takes(monkeypatch):
+    monkeypatch.setattr(recorder, "MUCH", 100_000)
+    with pytest.warns(UserWarning, match=r"of 4 sites takes about .* GiB .*attention=\['encoder\.0'\]"):
+        traced()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        traced(attention=["decoder.*.cross"])
+
+
+def test_what_is_no_policy_is_refused():
+    with pytest.raises(TypeError, match="Linear has no predict_action_chunk"):
+        minivla.trace(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place", "a layer", "a method", "inside the trace"])
+def test_compiled_code_runs_eagerly_while_it_is_looked_into(how):
+    """The backend "eager" captures like any other, and needs no C++ compiler."""
+    policy = tiny_act()
+    batch = policy.preprocess(tiny_raw())
+    chunk = policy.predict_action_chunk(batch)
+    called = policy
+    if how == "wrapped":
+        called = torch.compile(policy, backend="eager")
+    if how == "in place":
+        policy.compile(backend="eager")
+    if how == "a layer":
+        policy.encoder.compile(backend="eager")
+    if how == "a method":
+        policy.predict_action_chunk = torch.compile(policy.predict_action_chunk, backend="eager")
+    torch.testing.assert_close(called.predict_action_chunk(batch), chunk)  # compiled, if it ever is
+    answer = {"action": torch.zeros(2, 6, 2), "action_is_pad": torch.zeros(2, 6, dtype=torch.bool)}
+    with minivla.trace(called) as t:
+        if how == "inside the trace":
+            policy.encoder.compile(backend="eager")
+        torch.testing.assert_close(called.predict_action_chunk(batch), chunk)
+        called.eval()(batch | answer)
+    assert len(t.calls) == 2
+    assert all(set(call.attention) == {"encoder.0", "decoder.0.self", "decoder.0.cross"} for call in t.calls)
+    assert called.predict_action_chunk(batch).shape == chunk.shape
+
+
+def test_tracing_lerobots_act_shows_what_tracing_ours_shows():
+    """Same weights, same batch: sites, segments, masks, attention and hidden states agree."""
+    pytest.importorskip("lerobot")
+    from tests.policies.test_act_parity import CASES, NOISE, make_batch, make_ours, make_theirs
+
+    case = next(case for case in CASES if case.cameras == 2 and case.settings.get("use_vae", True))
+    theirs = make_theirs(case)
+    ours, batch = make_ours(case, theirs), make_batch(case)
+    with minivla.trace(theirs) as told, minivla.trace(ours) as t, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "randn_like", lambda like: NOISE[: len(like)].to(like))
+        theirs.train()(batch)
+        ours.train()(batch, noise=NOISE)
+        observation = {key: value for key, value in batch.items() if not key.startswith("action")}
+        theirs.select_action(observation)
+        ours.select_action(observation)
+    assert [call.method for call in told.calls] == ["forward", "predict_action_chunk"]
+    for hers, mine in zip(told.calls, t.calls, strict=True):
+        assert hers.segments == mine.segments
+        assert torch.equal(hers.mask, mine.mask)
+        assert hers.sites == mine.sites
+        for name, table in (("masks", hers.masks), ("attention", hers.attention), ("hidden", hers.hidden)):
+            for key, value in table.items():
+                torch.testing.assert_close(
+                    value.float(), getattr(mine, name)[key].float(), rtol=1e-4, atol=1e-5
+                )
+        assert set(hers.attention) == set(mine.attention)
+    assert not theirs.model.encoder._forward_hooks
+    assert not theirs.model.decoder.layers[0].self_attn._forward_pre_hooks
+
+
+def test_a_family_of_lerobots_that_is_not_mapped_is_refused():
+    from minivla import upstream
+
+    class Other:
+        name = "tdmpc"
+
+    with pytest.raises(TypeError, match="'tdmpc' policy cannot be looked into yet, only act"):
+        upstream.open_eyes(Other())

@@ -19,7 +19,12 @@ GROUND = {"files", "recorder", "segments"}
 MAY_IMPORT = {
     "files": set(),
     "segments": set(),
-    "recorder": {"segments", "files", "viz"},  # pictures are imported only when a trace is asked to draw
+    # Pictures are imported only when a trace is asked to draw, hooks for LeRobot's policies when one is traced.
+    "recorder": {"segments", "files", "viz", "upstream"},
+    "upstream": GROUND | {"nn", "policies"},
+    "proof": GROUND,
+    "preflight": GROUND
+    | {"nn", "actions", "data", "policies", "checkpoints", "world", "training", "upstream", "proof"},
     "nn": GROUND,
     "actions": GROUND | {"nn"},
     "data": {"files"},

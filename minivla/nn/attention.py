@@ -16,16 +16,23 @@ from minivla import recorder
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, site: str, dropout: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    site: str,
+    dropout: float = 0.0,
+    start: int | None = None,
 ) -> Tensor:
     """Scaled dot-product attention of all heads.
 
     query (B, heads, Q, d), key and value (B, heads, K, d); `mask` (B, Q, K) bool or broadcastable to it, True
     = may look, None = everything is open. Returns (B, heads, Q, d). `site` is the name under which a trace
-    keeps who looked where.
+    keeps who looked where; `start`, with a key/value cache, the position of the first query among the keys.
     """
-    if (trace := recorder.current()) is not None:
-        trace.record_attention(site, query, key, mask)
+    if (call := recorder.current()) is not None:
+        call.record_attention(site, query, key, mask, start=start)
     head_mask = None if mask is None else rearrange(mask, "batch query key -> batch 1 query key")
     return F.scaled_dot_product_attention(query, key, value, attn_mask=head_mask, dropout_p=dropout)
 

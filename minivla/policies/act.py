@@ -134,6 +134,7 @@ class Stack(nn.Module):
             TransformerLayer, config.dim_model, config.n_heads, config.dim_feedforward, cross=cross,
             dropout=config.dropout, activation=config.feedforward_activation, pre_norm=config.pre_norm,
         )  # fmt: skip
+        self.stack = site
         self.layers = nn.ModuleList(layer(site=f"{site}.{i}") for i in range(layers))
         self.norm = nn.LayerNorm(config.dim_model) if norm else nn.Identity()
 
@@ -143,9 +144,12 @@ class Stack(nn.Module):
         """tokens (B, L, D), positions (L, D); `context` is the memory and its positions, if the layers look
         at one.
         """
+        tokens = recorder.enter(self.stack, tokens)
         for layer in self.layers:
             tokens = layer(tokens, positions, *context, mask=mask)
-        return self.norm(tokens)
+        tokens = self.norm(tokens)
+        recorder.keep(self.stack, tokens)
+        return tokens
 
 
 class ACT(Policy):
@@ -287,25 +291,21 @@ class ACT(Policy):
         """
         action, is_pad = batch[ACTION], batch["action_is_pad"]
         tokens = [repeat(self.vae_encoder_cls_embed.weight, "1 width -> batch 1 width", batch=len(action))]
-        segments = [Segment("class", "latent", 1)]
         if self.config.robot_state_feature is not None:
             tokens.append(
                 rearrange(self.vae_encoder_robot_state_input_proj(batch[OBS_STATE]), "b width -> b 1 width")
             )
-            segments.append(Segment("state", "state", 1))
-        valid = torch.cat(
-            (is_pad.new_ones(len(action), len(segments)), ~is_pad), dim=1
-        )  # class and state are real
+        # Class and state are always real.
+        valid = torch.cat((is_pad.new_ones(len(action), len(tokens)), ~is_pad), dim=1)
+        if (call := recorder.current()) is not None:
+            describe_vae(call, action.shape[1], has_state=len(tokens) == 2)
         tokens.append(self.vae_encoder_action_input_proj(action))
-        segments = arrange([*segments, Segment("chunk", "action", action.shape[1])])
-        if (trace := recorder.current()) is not None:
-            trace.calls[-1].lay_out("vae_encoder.*", segments, segments)
         out = self.vae_encoder(torch.cat(tokens, dim=1), self.vae_encoder_pos_enc, mask=key_mask(valid))
         mean, log_variance = self.vae_encoder_latent_output_proj(out[:, 0]).chunk(2, dim=-1)
         if noise is None:
             noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
         latent = mean + (log_variance / 2).exp() * noise
-        recorder.keep("vae_encoder", torch.cat((mean, log_variance), dim=-1))
+        recorder.keep("posterior", torch.cat((mean, log_variance), dim=-1))
         recorder.keep("latent", latent)
         return latent, mean, log_variance
 
@@ -345,27 +345,12 @@ class ACT(Policy):
     def decode(self, batch: Batch, latent: Tensor) -> Tensor:
         """Observation and latent (B, Z) to the chunk (B, H, A), normalised."""
         tokens, positions, segments = self.embed(batch, latent)
-        self._describe(segments)
+        if (call := recorder.current()) is not None:
+            describe_act(call, segments, self.config.chunk_size)
         memory = self.encoder(tokens, positions)
-        recorder.keep("encoder", memory)
         queries = self.decoder_pos_embed.weight
         blank = torch.zeros(len(memory), *queries.shape, dtype=memory.dtype, device=memory.device)
-        out = self.decoder(blank, queries, memory, positions)
-        recorder.keep("decoder", out)
-        return self.action_head(out)
-
-    def _describe(self, segments: list[Segment]) -> None:
-        """Tell a trace, if one is on, what the tokens are: the encoder's, then one query for each action of
-        the chunk.
-        """
-        if (trace := recorder.current()) is None:
-            return
-        call, queries = trace.calls[-1], Segment("queries", "query", self.config.chunk_size, block=1)
-        call.lay_out("encoder.*", segments, segments)
-        call.lay_out("decoder.*.self", arrange([queries]), arrange([queries]))
-        call.lay_out("decoder.*.cross", arrange([queries]), segments)
-        main = arrange([*segments, queries])
-        call.describe(main, segment_mask(main)[0])
+        return self.action_head(self.decoder(blank, queries, memory, positions))
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
         """Two groups, as upstream: the backbone has its own learning rate."""
@@ -378,3 +363,20 @@ class ACT(Policy):
                 (p for p in trainable if id(p) in backbone), c.optimizer_lr_backbone, c.optimizer_weight_decay
             ),
         ]
+
+
+def describe_act(call: recorder.Call, segments: list[Segment], chunk_size: int) -> None:
+    """Tell a trace what the tokens are: the encoder's, then one query for each action of the chunk."""
+    queries = Segment("queries", "query", chunk_size, block=1)
+    call.lay_out("encoder.*", segments, segments)
+    call.lay_out("decoder.*.self", arrange([queries]), arrange([queries]))
+    call.lay_out("decoder.*.cross", arrange([queries]), segments)
+    main = arrange([*segments, queries])
+    call.describe(main, segment_mask(main)[0], stacks=("encoder", "decoder"))
+
+
+def describe_vae(call: recorder.Call, chunk_size: int, *, has_state: bool) -> None:
+    """Tell a trace what the VAE encoder's tokens are."""
+    known = [Segment("class", "latent", 1), Segment("state", "state", int(has_state))]
+    segments = arrange([*known, Segment("chunk", "action", chunk_size)])
+    call.lay_out("vae_encoder.*", segments, segments)

@@ -118,7 +118,8 @@ def their_blocks(theirs, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPat
         order = iter(cameras)
         watch(theirs.model.backbone, lambda out: seen.update({f"backbone.{next(order)}": out["feature_map"]}))
     if theirs.config.use_vae:
-        watch(theirs.model.vae_encoder_latent_output_proj, lambda out: seen.update(vae_encoder=out))
+        watch(theirs.model.vae_encoder, lambda out: seen.update(vae_encoder=out.transpose(0, 1)))
+        watch(theirs.model.vae_encoder_latent_output_proj, lambda out: seen.update(posterior=out))
         handles.append(
             theirs.model.encoder_latent_input_proj.register_forward_hook(
                 lambda _, inputs, out: seen.update(latent=inputs[0])
