@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from minivla.checkpoints import list_checkpoints, load
     from minivla.policies.base import Policy
     from minivla.proof import prove_masks
-    from minivla.recorder import trace
+    from minivla.tracing import trace
     from minivla.training import evaluate, train
 
 __version__ = "0.1.0"
@@ -35,7 +35,7 @@ _HOME = {
     "list_checkpoints": "minivla.checkpoints",
     "load": "minivla.checkpoints",
     "prove_masks": "minivla.proof",
-    "trace": "minivla.recorder",
+    "trace": "minivla.tracing",
     "train": "minivla.training",
 }
 

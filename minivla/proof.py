@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minivla.recorder import Call, Trace
+from minivla.recorder import Call
 from minivla.segments import Segment
+from minivla.tracing import Trace
 
 ROWS = 256  # tokens whose gradients are asked for, at most: one backward pass each
 

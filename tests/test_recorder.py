@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import minivla
-from minivla import recorder
+from minivla import recorder, tracing
 from minivla.nn.attention import MultiheadAttention
 from minivla.segments import Segment
 from tests.policies.small import tiny_act, tiny_batch, tiny_raw
@@ -288,7 +288,7 @@ def test_a_row_that_may_see_nothing_is_shown_empty():
 
 
 def test_everything_of_a_big_model_warns_with_the_memory_it_takes(monkeypatch):
-    monkeypatch.setattr(recorder, "MUCH", 100_000)
+    monkeypatch.setattr(tracing, "MUCH", 100_000)
     with pytest.warns(UserWarning, match=r"of 4 sites takes about .* GiB .*attention=\['encoder\.0'\]"):
         traced()
     with warnings.catch_warnings():

@@ -16,25 +16,27 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # What each room may import from the others. A room not named may import everything but the rooms above it.
 GROUND = {"files", "recorder", "segments"}
+POLICIES = GROUND | {"nn", "actions", "data", "policies"}
+LOOKING = {"tracing", "upstream", "proof"}
 MAY_IMPORT = {
     "files": set(),
     "segments": set(),
-    # Pictures are imported only when a trace is asked to draw, hooks for LeRobot's policies when one is traced.
-    "recorder": {"segments", "files", "viz", "upstream"},
-    "upstream": GROUND | {"nn", "policies"},
-    "proof": GROUND,
-    "preflight": GROUND
-    | {"nn", "actions", "data", "policies", "checkpoints", "world", "training", "upstream", "proof"},
+    "recorder": {"segments"},
     "nn": GROUND,
     "actions": GROUND | {"nn"},
     "data": {"files"},
     "world": {"data", "files"},
     "policies": GROUND | {"nn", "actions", "data"},
-    "checkpoints": GROUND | {"nn", "actions", "data", "policies"},
-    "exercises": GROUND | {"nn", "actions", "data", "policies", "checkpoints", "world", "training", "viz"},
-    "viz": GROUND | {"nn", "actions", "data", "policies", "checkpoints", "world", "training"},
-    "training": GROUND | {"nn", "actions", "data", "policies", "checkpoints", "world", "viz"},
-    "zoo": GROUND | {"nn", "actions", "data", "policies", "checkpoints", "world", "viz", "training"},
+    "checkpoints": POLICIES,
+    # Pictures are imported only when a trace is asked to draw, hooks only when LeRobot's policy is traced.
+    "tracing": GROUND | {"upstream", "viz"},
+    "upstream": POLICIES,
+    "proof": GROUND | {"tracing"},
+    "viz": POLICIES | {"checkpoints", "world", "training", "tracing"},
+    "training": POLICIES | {"checkpoints", "world", "viz"},
+    "preflight": POLICIES | LOOKING | {"checkpoints", "world", "training"},
+    "exercises": POLICIES | LOOKING | {"checkpoints", "world", "training", "viz", "preflight"},
+    "zoo": POLICIES | {"checkpoints", "world", "viz", "training"},
 }
 HEAVY = ("lerobot", "transformers", "matplotlib", "gymnasium")
 

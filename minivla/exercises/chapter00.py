@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from minivla.exercises.verdict import verdict
-from minivla.recorder import Call, Trace
+from minivla.recorder import Call
+from minivla.tracing import Trace
 from minivla.segments import Kind, Segment, arrange
 
 Layout = tuple[tuple[str, Kind, int], ...]

@@ -7,10 +7,12 @@ ACTDecoderLayer, whose parameter names are kept.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minivla import recorder
 from minivla.nn.attention import MultiheadAttention
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
@@ -86,3 +88,34 @@ class TransformerLayer(nn.Module):
         if self.pre_norm:
             return tokens + self.dropout(branch(norm(tokens)))
         return norm(tokens + self.dropout(branch(tokens)))
+
+
+class Stack(nn.Module):
+    """Transformer layers one after another, and a last norm (or none).
+
+    `name` is what a trace calls it: its attentions are the sites "name.0", "name.1", …, and what leaves it is
+    kept as the hidden state "name". The other arguments are those of `TransformerLayer`.
+    """
+
+    def __init__(
+        self, name: str, layers: int, width: int, heads: int, feedforward: int, *, norm: bool, **options: Any
+    ) -> None:
+        super().__init__()
+        self.stack = name
+        self.layers = nn.ModuleList(
+            TransformerLayer(width, heads, feedforward, site=f"{name}.{i}", **options) for i in range(layers)
+        )
+        self.norm = nn.LayerNorm(width) if norm else nn.Identity()
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor, *context: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """tokens (B, L, D), positions (L, D); `context` is the memory and its positions, if the layers look
+        at one; `mask` as in `TransformerLayer`. Returns (B, L, D).
+        """
+        tokens = recorder.enter(self.stack, tokens)
+        for layer in self.layers:
+            tokens = layer(tokens, positions, *context, mask=mask)
+        tokens = self.norm(tokens)
+        recorder.keep(self.stack, tokens)
+        return tokens

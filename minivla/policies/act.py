@@ -24,7 +24,6 @@ What is special here:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -39,7 +38,7 @@ from minivla.nn.instruction import InstructionEncoder
 from minivla.nn.masks import key_mask, segment_mask
 from minivla.nn.positions import sine_positions, sine_positions_2d
 from minivla.nn.resnet import ResNet, load_imagenet
-from minivla.nn.transformer import TransformerLayer
+from minivla.nn.transformer import Stack
 from minivla.policies.base import (
     AnyStats,
     Batch,
@@ -125,33 +124,6 @@ class ACTConfig(PolicyConfig):
         return list(range(self.chunk_size))
 
 
-class Stack(nn.Module):
-    """Transformer layers one after another, and a last norm (or none)."""
-
-    def __init__(self, config: ACTConfig, layers: int, *, site: str, cross: bool = False, norm: bool) -> None:
-        super().__init__()
-        layer = partial(
-            TransformerLayer, config.dim_model, config.n_heads, config.dim_feedforward, cross=cross,
-            dropout=config.dropout, activation=config.feedforward_activation, pre_norm=config.pre_norm,
-        )  # fmt: skip
-        self.stack = site
-        self.layers = nn.ModuleList(layer(site=f"{site}.{i}") for i in range(layers))
-        self.norm = nn.LayerNorm(config.dim_model) if norm else nn.Identity()
-
-    def forward(
-        self, tokens: Tensor, positions: Tensor, *context: Tensor, mask: Tensor | None = None
-    ) -> Tensor:
-        """tokens (B, L, D), positions (L, D); `context` is the memory and its positions, if the layers look
-        at one.
-        """
-        tokens = recorder.enter(self.stack, tokens)
-        for layer in self.layers:
-            tokens = layer(tokens, positions, *context, mask=mask)
-        tokens = self.norm(tokens)
-        recorder.keep(self.stack, tokens)
-        return tokens
-
-
 class ACT(Policy):
     """Action Chunking with Transformers. Fetches the ImageNet weights that its config asks for."""
 
@@ -169,8 +141,8 @@ class ACT(Policy):
                 "ACT needs a camera or observation.environment_state; input_features has "
                 f"{sorted(config.input_features)}"
             )
-        self.encoder = Stack(config, config.n_encoder_layers, site="encoder", norm=config.pre_norm)
-        self.decoder = Stack(config, config.n_decoder_layers, site="decoder", cross=True, norm=True)
+        self.encoder = _stack(config, "encoder", config.n_encoder_layers, norm=config.pre_norm)
+        self.decoder = _stack(config, "decoder", config.n_decoder_layers, norm=True, cross=True)
         for parameter in (*self.encoder.parameters(), *self.decoder.parameters()):
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
@@ -204,9 +176,8 @@ class ACT(Policy):
 
     def _add_vae(self, config: ACTConfig) -> None:
         width, has_state = config.dim_model, config.robot_state_feature is not None
-        self.vae_encoder = Stack(
-            config, config.n_vae_encoder_layers, site="vae_encoder", norm=config.pre_norm
-        )
+        layers = config.n_vae_encoder_layers
+        self.vae_encoder = _stack(config, "vae_encoder", layers, norm=config.pre_norm)
         self.vae_encoder_cls_embed = nn.Embedding(1, width)
         if config.robot_state_feature is not None:
             self.vae_encoder_robot_state_input_proj = nn.Linear(config.robot_state_feature.shape[0], width)
@@ -363,6 +334,13 @@ class ACT(Policy):
                 (p for p in trainable if id(p) in backbone), c.optimizer_lr_backbone, c.optimizer_weight_decay
             ),
         ]
+
+
+def _stack(config: ACTConfig, name: str, layers: int, *, norm: bool, cross: bool = False) -> Stack:
+    return Stack(
+        name, layers, config.dim_model, config.n_heads, config.dim_feedforward, norm=norm, cross=cross,
+        dropout=config.dropout, activation=config.feedforward_activation, pre_norm=config.pre_norm,
+    )  # fmt: skip
 
 
 def describe_act(call: recorder.Call, segments: list[Segment], chunk_size: int) -> None:
