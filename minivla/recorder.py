@@ -151,8 +151,9 @@ class Call:
         seen = seen.expand(batch, queries, keys)
         weights = None
         if self.wants(site, 4 * batch * heads * queries * keys):
-            shared = repeat(key.detach().float(), "b h k d -> b (h group) k d", group=heads // key.shape[1])
-            score = einsum(query.detach().float(), shared, "b h q d, b h k d -> b h q k")
+            wide = torch.promote_types(query.dtype, torch.float32)
+            shared = repeat(key.detach().to(wide), "b h k d -> b (h group) k d", group=heads // key.shape[1])
+            score = einsum(query.detach().to(wide), shared, "b h q d, b h k d -> b h q k")
             score = score * (width**-0.5 if scale is None else scale)
             # A row of padding with nothing to see is shown empty, not as nan.
             weights = score.masked_fill(~seen[:, None], float("-inf")).softmax(-1).nan_to_num(0.0)

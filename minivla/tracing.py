@@ -265,7 +265,7 @@ class Trace:
         """The main sequence as a ribbon of named segments (`minivla.viz.tokens`)."""
         from minivla.viz import tokens
 
-        return tokens.plot_tokens(self.segments, **options)
+        return tokens.plot_tokens(self.segments, **{"mask": self.mask, **options})
 
     def plot_mask(self, site: str | None = None, **options: Any) -> Figure:
         """The mask of the main sequence, or of one attention site (`minivla.viz.masks`)."""

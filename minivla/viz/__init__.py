@@ -1,53 +1,81 @@
 """Pictures of what is inside a policy and around it. Imports matplotlib, which `import minivla` does not.
 
-    palette.py     the colour of each token kind, the sheet figures are drawn on
     tokens.py      the token ribbon                      masks.py      who may look at whom
-    attention.py   what a query looks at                 chunks.py     action chunks, the gripper's path
-    ensemble.py    temporal ensembling                   training.py   loss, normalisation, windows
-    animate.py     GIFs                                  layout.py, pictures.py   what these share
+    attention.py   what a query looks at                 rollout.py    the same through several layers
+    flow.py        from noise to action
+    chunks.py      action chunks, the gripper's path     ensemble.py   temporal ensembling
+    codes.py       how discrete policies use codes       training.py   loss, success, normalisation, windows
+    frames.py      film strips, contact sheets           animate.py    GIFs;  video.py    HTML5 video
+    explorer.py    one call as a page to point at
+    palette.py     the colour of each token kind, the sheet figures are drawn on
+    layout.py, pictures.py   what these share
 
 Every function takes data and returns a matplotlib Figure; `ax=`, where there is one panel, draws on axes of
 yours. Figures are known to pyplot: a cell ends in `plt.show()`. Titles state what the function can see for
 itself; `title=` says it better.
 """
 
-from minivla.viz.animate import Gif, figure_frame, rollout_frames, save_gif, show_gif, tile
+from minivla.viz.animate import Gif, animate_flow, figure_frame, rollout_frames, save_gif, show_gif, tile
 from minivla.viz.attention import (
-    attention_rollout,
     attention_shares,
     attention_weights,
     plot_attention,
     plot_look,
+    striking_patch,
 )
 from minivla.viz.chunks import gripper_path, plot_chunk, plot_gripper_path
+from minivla.viz.codes import perplexity, plot_code_usage
 from minivla.viz.ensemble import ensemble_weights, plot_ensemble
+from minivla.viz.explorer import Explorer, explore
+from minivla.viz.flow import convergence, plot_convergence, plot_denoising, plot_flow
+from minivla.viz.frames import plot_cameras, plot_frames
 from minivla.viz.masks import plot_mask
 from minivla.viz.palette import KIND_COLOURS, style
-from minivla.viz.tokens import plot_tokens
-from minivla.viz.training import plot_loss, plot_normalisation, plot_windows
+from minivla.viz.rollout import attention_rollout, plot_rollout, rollout_weights
+from minivla.viz.tokens import plot_tokens, seen_tokens
+from minivla.viz.training import plot_loss, plot_normalisation, plot_success, plot_windows
+from minivla.viz.video import Video, show_video
 
 __all__ = [
     "KIND_COLOURS",
+    "Explorer",
     "Gif",
+    "Video",
+    "animate_flow",
     "attention_rollout",
     "attention_shares",
     "attention_weights",
+    "convergence",
     "ensemble_weights",
+    "explore",
     "figure_frame",
     "gripper_path",
+    "perplexity",
     "plot_attention",
+    "plot_cameras",
     "plot_chunk",
+    "plot_code_usage",
+    "plot_convergence",
+    "plot_denoising",
     "plot_ensemble",
+    "plot_flow",
+    "plot_frames",
     "plot_gripper_path",
     "plot_look",
     "plot_loss",
     "plot_mask",
     "plot_normalisation",
+    "plot_rollout",
+    "plot_success",
     "plot_tokens",
     "plot_windows",
     "rollout_frames",
+    "rollout_weights",
     "save_gif",
+    "seen_tokens",
     "show_gif",
+    "show_video",
+    "striking_patch",
     "style",
     "tile",
 ]

@@ -1,4 +1,4 @@
-"""Moving pictures for notebooks: GIFs of rollouts, below a megabyte, through Pillow."""
+"""Moving pictures for notebooks: GIFs of rollouts and of flows, below a megabyte, through Pillow."""
 
 from __future__ import annotations
 
@@ -6,17 +6,23 @@ import base64
 import html
 import io
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from minivla.data.features import MissingKey
 from minivla.files import atomic_write
+from minivla.recorder import Flow
+from minivla.viz import flow as flow_figures
+from minivla.viz import palette
 from minivla.viz.pictures import as_picture
 
 MOST = 1_000_000  # bytes of a GIF in a notebook
@@ -55,9 +61,7 @@ def show_gif(frames: Iterable[Any], fps: float = 10, *, alt: str = "a rollout", 
     long), until it has at most `most` bytes. Raises ValueError for no frames, frames of several sizes, a
     rate that is not positive, or a film that stays too large.
     """
-    if not fps > 0:
-        raise ValueError(f"fps is {fps}; expected frames per second, above 0")
-    film = _film(frames)
+    film = check_film(frames, fps)
     for step, colours in ((1, 128), (1, 48), (2, 48), (2, 24), (4, 24), (4, 12)):
         kept = film[:-1:step] + film[-1:]
         data = _encode(kept, fps / step, colours)
@@ -105,6 +109,45 @@ def rollout_frames(
     return [tile([observation[key] for key in keys]) for observation in listed]
 
 
+def animate_flow(
+    flow: Flow | None,
+    *,
+    sample: int = 0,
+    dimensions: tuple[int, int] = (0, 1),
+    step: int = 0,
+    field: Callable[[Any, float], Any] | None = None,
+    fps: float = 4,
+    moments: int = 24,
+    alt: str | None = None,
+    most: int = MOST,
+) -> Gif:
+    """A sampler at work: the batch moves from noise to actions and, beside it, the chunk takes shape.
+
+    One frame a sampler step, at most `moments` of them; `field`, a function (points (N, 2), time) -> (N, 2),
+    is drawn anew at each. Other arguments as in `plot_flow`. Raises ValueError as `plot_flow` and `show_gif`
+    do.
+    """
+    times, x, _ = flow_figures.check_flow(flow, sample, dimensions, step)
+    plane, long = x[:, :, step][..., dimensions], x.shape[2] > 1
+    frames = []
+    for k in flow_figures.spread_over(len(times), moments):
+        with palette.style():
+            figure = palette.sheet(3.0, width=palette.WIDTH if long else 3.3, layout=None)
+            ax = palette.axes_at(figure, 0.6, 0.42, 2.1, 2.1)
+            flow_figures.frame_square(ax, plane)
+            ax.set(xlabel=f"action {dimensions[0]} at step {step}", ylabel=f"action {dimensions[1]}")
+            if field is not None:
+                flow_figures.draw_field(ax, field, float(times[k]))
+            flow_figures.draw_paths(ax, plane[: k + 1], sample, times[: k + 1], named=False)
+            if long:
+                _draw_chunk(palette.axes_at(figure, 3.5, 0.42, 2.85, 2.1), x, k, dimensions, sample)
+            palette.headline(figure, f"Sampler step {k} of {len(times) - 1}, time {times[k]:.2f}")
+        frames.append(figure_frame(figure, round(100 * figure.get_size_inches()[0])))
+        plt.close(figure)
+    told = f"{x.shape[1]} samples move from noise to actions in {len(times) - 1} sampler steps"
+    return show_gif(frames, fps, alt=told if alt is None else alt, most=most)
+
+
 def tile(images: Sequence[Any], columns: int | None = None) -> np.ndarray:
     """Images of one height in a row, or in rows of `columns`, on white. Returns uint8 (H, W, 3)."""
     pictures = [enlarged(image) for image in images]
@@ -132,7 +175,10 @@ def figure_frame(figure: Figure, width: int = 650) -> np.ndarray:
     return np.asarray(Image.open(buffer).convert("RGB"))
 
 
-def _film(frames: Iterable[Any]) -> list[np.ndarray]:
+def check_film(frames: Iterable[Any], fps: float) -> list[np.ndarray]:
+    """The frames enlarged, uint8 (H, W, 3). Raises ValueError as `show_gif` does."""
+    if not fps > 0:
+        raise ValueError(f"fps is {fps}; expected frames per second, above 0")
     film = [enlarged(frame) for frame in frames]
     if not film:
         raise ValueError("there are no frames; expected a list of images, one for each step")
@@ -141,6 +187,20 @@ def _film(frames: Iterable[Any]) -> list[np.ndarray]:
             f"frames are of several sizes: {film[0].shape[:2]} and {', '.join(map(str, sizes))}; expected one"
         )
     return film
+
+
+def _draw_chunk(ax: Axes, values: np.ndarray, k: int, dimensions: tuple[int, int], sample: int) -> None:
+    """Two dimensions of the chunks (N + 1, B, H, A) over the horizon, at sampler step k."""
+    steps, shown = np.arange(values.shape[2]), values[:, sample][..., dimensions]
+    low, high = shown.min(), max(shown.max(), shown.min() + 1e-6)
+    ax.set(xlim=(0, len(steps) - 1), ylim=(low - 0.05 * (high - low), high + 0.2 * (high - low)))
+    ax.set(xlabel="step of the chunk", ylabel="action (normalised)")
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    for i, (d, dash) in enumerate(zip(dimensions, ("-", (0, (3, 1.5))), strict=True)):
+        colour = (flow_figures.ACTION, palette.INK)[i]
+        ax.plot(steps, shown[-1, :, i], color=colour, linewidth=0.8, alpha=0.35)
+        ax.plot(steps, shown[k, :, i], color=colour, linewidth=1.8, linestyle=dash, gid=f"action {d}")
+        palette.say(ax, i, f"action {d}", colour)
 
 
 def _encode(film: Sequence[np.ndarray], fps: float, colours: int) -> bytes:

@@ -1,4 +1,4 @@
-"""What a query looks at, laid over the cameras; and attention followed through several layers."""
+"""What a query looks at, laid over the cameras."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from einops import rearrange, reduce
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -20,9 +19,10 @@ from minivla.recorder import Call
 from minivla.segments import Segment
 from minivla.viz import palette
 from minivla.viz.layout import check_segments
-from minivla.viz.pictures import as_picture
+from minivla.viz.pictures import as_array, as_picture
 
 COLOURS = "viridis"
+STRIKING = 8.0  # times the even share, from which a title names a patch
 LEFT, TOP, GAP, STRIP, BAR = 0.15, 0.7, 0.12, 1.15, 0.27  # inches
 
 
@@ -50,10 +50,10 @@ def plot_attention(
     weights = attention_weights(call, site, query=query, head=head, sample=sample)
     queries, keys = call.sites[site]
     if images is None:
-        images = _shown(call.batch, keys, sample)
+        images = shown(call.batch, keys, sample)
     if title is None:
         heads = "mean of all heads" if head is None else f"head {head}"
-        title = f"{_asker(query, queries)} {attention_title(weights, keys)}\n{site}, {heads}"
+        title = f"{asker(query, queries)} {attention_title(weights, keys)}\n{site}, {heads}"
     return plot_look(weights, keys, images, title=title)
 
 
@@ -79,17 +79,20 @@ def plot_look(
             f"no image for {', '.join(absent)}; images has {', '.join(images) or 'none'}. "
             "Pass images={key: image}"
         )
+    title = f"This query {attention_title(row, segments)}" if title is None else title
+    lines = palette.wrapped(title, palette.WIDTH - 0.25).count("\n") + 1
+    top = TOP + 0.17 * max(0, lines - 2)
     with palette.style():
-        figure = _sheet(cameras, strips, segments)
+        figure = _sheet(top, cameras, strips, segments)
         if cameras:
-            _draw_cameras(figure, cameras, images, row)
+            _draw_cameras(figure, top, cameras, images, row)
         if len(segments) > 1:
-            _draw_shares(_shares_axes(figure, len(cameras), segments), segments, row)
+            _draw_shares(_shares_axes(figure, top, len(cameras), segments), segments, row)
         for i, s in enumerate(reversed(strips)):
-            top = figure.get_size_inches()[1] - (i + 1) * STRIP + 0.12
-            ax = palette.axes_at(figure, 0.65, top, palette.WIDTH - 1.2, STRIP - 0.55)
+            down = figure.get_size_inches()[1] - (i + 1) * STRIP + 0.12
+            ax = palette.axes_at(figure, 0.65, down, palette.WIDTH - 1.2, STRIP - 0.55)
             _draw_strip(ax, s, row[s.start : s.stop], 1 / len(row))
-        palette.headline(figure, f"This query {attention_title(row, segments)}" if title is None else title)
+        palette.headline(figure, title)
     return figure
 
 
@@ -106,7 +109,7 @@ def attention_weights(
     for what, value, size in (("sample", sample, batch), ("head", head, heads)):
         if value is not None and not 0 <= value < size:
             raise ValueError(f"{what} is {value}; site {site!r} has {size}: expected 0 to {size - 1}")
-    start, stop = _positions(query, check_segments(call.sites[site][0], length, "query "))
+    start, stop = positions(query, check_segments(call.sites[site][0], length, "query "))
     rows = (
         attention[sample, :, start:stop] if head is None else attention[sample, head : head + 1, start:stop]
     )
@@ -122,26 +125,23 @@ def attention_shares(weights: Tensor | np.ndarray, segments: Sequence[Segment]) 
     return shares
 
 
-def attention_rollout(layers: Sequence[Tensor], *, residual: float = 0.5) -> Tensor:
-    """Attention followed back through several self-attention layers to the first layer's tokens.
+def striking_patch(
+    weights: Tensor | np.ndarray, segments: Sequence[Segment], times: float = STRIKING
+) -> tuple[str, int, int] | None:
+    """Camera, row and column (from 0, row 0 on top) of the patch that a title should name, or None.
 
-    layers: (B, heads, L, L) each, first layer first. A layer passes on `residual` of a token unchanged,
-    since the residual connection carries it past the attention, and mixes the rest by the mean of its
-    heads. Returns (B, L, L), rows adding up to 1. Raises ValueError for no layers or sites that are not
-    square. Source: Abnar & Zuidema 2020, "Quantifying Attention Flow in Transformers", equation 1.
+    weights (K,). It is the brightest patch of all cameras, if it gets `times` the even share and if its
+    camera gets more than any other segment.
     """
-    if not layers or any(a.ndim != 4 or a.shape[-1] != a.shape[-2] for a in layers):
-        shapes = [tuple(a.shape) for a in layers]
-        raise ValueError(
-            f"rollout needs self-attention layers (B, heads, L, L), got {shapes}; take "
-            "[call.attention[s] for s in call.attention if s.startswith('encoder.')]"
-        )
-    same = torch.eye(layers[0].shape[-1], device=layers[0].device)
-    total = same.expand(len(layers[0]), -1, -1)
-    for attention in layers:
-        mixed = reduce(attention.float(), "batch head query key -> batch query key", "mean")
-        total = (residual * same + (1 - residual) * mixed) @ total
-    return total
+    row = _check_weights(weights)
+    shares = attention_shares(row, segments)
+    cameras = [s for s in segments if s.grid is not None]
+    if not cameras:
+        return None
+    s = max(cameras, key=lambda camera: row[camera.start : camera.stop].max())
+    place, (_, columns) = int(row[s.start : s.stop].argmax()), s.grid or (1, 1)
+    striking = row[s.start + place] * len(row) >= times and shares[s.name] == max(shares.values())
+    return (s.name, *divmod(place, columns)) if striking else None
 
 
 def attention_title(weights: Tensor | np.ndarray, segments: Sequence[Segment]) -> str:
@@ -150,15 +150,22 @@ def attention_title(weights: Tensor | np.ndarray, segments: Sequence[Segment]) -
     if len(segments) == 1:
         place = int(weights.argmax())
         share, even = float(weights[place]), 1 / len(weights)
-        found = f"looks most at {segments[0].name}[{place}]: {share:.0%} (even: {even:.0%})"
-        return found.replace("%", " %")
+        told = f"{palette.percent(share)} (even: {palette.percent(even)})"
+        return f"looks most at {segments[0].name}[{place}]: {told}"
+    if patch := striking_patch(weights, segments):
+        name, row, column = patch
+        share = max(float(weights[s.start : s.stop].max()) for s in segments if s.grid is not None)
+        even = 1 / len(weights)
+        told = f"{name}, row {row}, column {column} (even: {palette.percent(even, 1)})"
+        return f"gives {palette.percent(share)} to one patch: {told}"
     name = max(shares, key=lambda key: shares[key])
     even = sum(s.length for s in segments if s.name == name) / sum(s.length for s in segments)
-    return f"gives {shares[name]:.0%} of its attention to {name} (even: {even:.0%})".replace("%", " %")
+    told = f"{name} (even: {palette.percent(even)})"
+    return f"gives {palette.percent(shares[name])} of its attention to {told}"
 
 
 def _check_weights(weights: Tensor | np.ndarray) -> np.ndarray:
-    row = np.asarray(weights.detach().cpu() if isinstance(weights, Tensor) else weights, dtype=float)
+    row = as_array(weights).astype(float)
     if row.ndim != 1:
         raise ValueError(f"the weights have shape {row.shape}; expected (K,), one query of one sample")
     if not np.isclose(row.sum(), 1, atol=1e-3):
@@ -168,7 +175,11 @@ def _check_weights(weights: Tensor | np.ndarray) -> np.ndarray:
     return row
 
 
-def _positions(query: int | str, segments: Sequence[Segment]) -> tuple[int, int]:
+def positions(query: int | str, segments: Sequence[Segment]) -> tuple[int, int]:
+    """First and one past the last position of a query: one token, or a segment by name.
+
+    Raises ValueError for a position out of range, KeyError for an unknown name.
+    """
     length = sum(s.length for s in segments)
     if isinstance(query, int):
         if not 0 <= query < length:
@@ -185,7 +196,7 @@ def _positions(query: int | str, segments: Sequence[Segment]) -> tuple[int, int]
     return named[0].start, named[0].stop
 
 
-def _asker(query: int | str, segments: Sequence[Segment]) -> str:
+def asker(query: int | str, segments: Sequence[Segment]) -> str:
     """What a title calls the query: its segment, and its place inside where there are several."""
     if isinstance(query, str):
         return query.capitalize()
@@ -193,7 +204,7 @@ def _asker(query: int | str, segments: Sequence[Segment]) -> str:
     return s.name.capitalize() if s.length == 1 else f"{s.name.capitalize()}[{query - s.start}]"
 
 
-def _shown(batch: Mapping[str, Any], keys: Sequence[Segment], sample: int) -> dict[str, np.ndarray]:
+def shown(batch: Mapping[str, Any], keys: Sequence[Segment], sample: int) -> dict[str, np.ndarray]:
     """The images of one sample, the newest where there is a history, stretched to [0, 1] for display."""
     stacks = {s.image: batch[s.image] for s in keys if s.grid is not None and s.image and s.image in batch}
     return {
@@ -213,32 +224,34 @@ def _end(cameras: int) -> float:
     return LEFT + cameras * (_side(cameras) + GAP) - GAP if cameras else LEFT
 
 
-def _sheet(cameras: Sequence[Segment], strips: Sequence[Segment], segments: Sequence[Segment]) -> Figure:
+def _sheet(
+    top: float, cameras: Sequence[Segment], strips: Sequence[Segment], segments: Sequence[Segment]
+) -> Figure:
     if cameras:
         below = _side(len(cameras)) + 0.55
     else:
         below = BAR * len(segments) + 0.55 if len(segments) > 1 else -0.3
-    return palette.sheet(TOP + below + STRIP * len(strips), layout=None)
+    return palette.sheet(top + below + STRIP * len(strips), layout=None)
 
 
 def _draw_cameras(
-    figure: Figure, cameras: Sequence[Segment], images: Mapping[str, Any], row: np.ndarray
+    figure: Figure, top: float, cameras: Sequence[Segment], images: Mapping[str, Any], row: np.ndarray
 ) -> None:
     """All cameras in a row on one scale, and the scale below them."""
     side, end = _side(len(cameras)), _end(len(cameras))
     most = max(1e-12, *(row[s.start : s.stop].max() for s in cameras))
     for i, s in enumerate(cameras):
-        ax = palette.axes_at(figure, LEFT + i * (side + GAP), TOP, side, side)
+        ax = palette.axes_at(figure, LEFT + i * (side + GAP), top, side, side)
         _draw_camera(ax, s, as_picture(images[s.image or ""]), row[s.start : s.stop], most)
-    _draw_scale(palette.axes_at(figure, LEFT, TOP + side + 0.1, end - LEFT, 0.08), most, 1 / len(row))
+    _draw_scale(palette.axes_at(figure, LEFT, top + side + 0.1, end - LEFT, 0.08), most, 1 / len(row))
 
 
-def _shares_axes(figure: Figure, cameras: int, segments: Sequence[Segment]) -> Axes:
+def _shares_axes(figure: Figure, top: float, cameras: int, segments: Sequence[Segment]) -> Axes:
     """The room that is left beside the cameras, after the segments' names."""
     names = max(palette.text_width(s.name, palette.FONT - 1) for s in segments)
     left = _end(cameras) + 0.25 + names
     height = _side(cameras) if cameras else BAR * len(segments)
-    return palette.axes_at(figure, left, TOP, palette.WIDTH - 0.2 - left, height)
+    return palette.axes_at(figure, left, top, palette.WIDTH - 0.2 - left, height)
 
 
 def _draw_camera(ax: Axes, segment: Segment, picture: np.ndarray, weights: np.ndarray, most: float) -> None:
@@ -249,28 +262,15 @@ def _draw_camera(ax: Axes, segment: Segment, picture: np.ndarray, weights: np.nd
     frame = (-0.5, width - 0.5, height - 0.5, -0.5)
     ax.imshow(picture, extent=frame)
     veil = 0.1 + 0.5 * heat / most
-    ax.imshow(
-        heat,
-        extent=frame,
-        cmap=COLOURS,
-        vmin=0,
-        vmax=most,
-        alpha=veil,
-        interpolation="nearest",
-        gid="attention",
-    )
+    look: dict[str, Any] = {"cmap": COLOURS, "vmin": 0, "vmax": most, "interpolation": "nearest"}
+    ax.imshow(heat, extent=frame, alpha=veil, gid="attention", **look)
     row, column = np.unravel_index(heat.argmax(), heat.shape)
     if heat[row, column] == most:  # the strongest patch of all cameras
         corner = (column * width / columns - 0.5, row * height / rows - 0.5)
+        edge: dict[str, Any] = {"fill": False, "clip_on": False, "zorder": 3}
         for colour, line in ((palette.INK, 3.0), ("white", 1.4)):
-            edge: dict[str, Any] = {
-                "fill": False,
-                "edgecolor": colour,
-                "linewidth": line,
-                "clip_on": False,
-                "zorder": 3,
-            }
-            ax.add_patch(Rectangle(corner, width / columns, height / rows, **edge))
+            box = Rectangle(corner, width / columns, height / rows, edgecolor=colour, linewidth=line, **edge)
+            ax.add_patch(box)
     ax.set(xlim=frame[:2], ylim=frame[2:], xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
     ax.set_title(

@@ -13,14 +13,17 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from minivla.viz import palette
-from minivla.viz.pictures import as_picture
+from minivla.viz.pictures import as_array, as_picture
 
 PREDICTED, EXPERT = palette.KIND_COLOURS["action"], palette.INK
+# Named paths: vermilion, blue, green, mauve, which colour-blind eyes tell apart; then the same, dashed.
+PATHS = tuple(palette.KIND_COLOURS[kind] for kind in ("action", "image", "state", "time"))
+DASHES = ("-", (0, (3, 1.5)), (0, (1, 1.2)))
 
 
 def plot_chunk(
     normalised: Tensor | np.ndarray,
-    robot_units: Tensor | np.ndarray,
+    robot_units: Tensor | np.ndarray | None = None,
     *,
     names: Sequence[str] | None = None,
     units: Sequence[str] | None = None,
@@ -32,12 +35,14 @@ def plot_chunk(
 ) -> Figure:
     """A predicted chunk, one panel a dimension: robot units on the left axis, normalised on the right.
 
-    normalised, robot_units (B, H, A) or (H, A), the same chunk twice; expert, in robot units, and valid (B,
-    H) likewise. Steps that are not valid are padding: hatched, and no expert is drawn there. n_action_steps
-    marks where the policy looks again. Raises ValueError for shapes that do not match and for a wrong
-    number of names.
+    normalised, robot_units (B, H, A) or (H, A), the same chunk twice; without robot_units everything is
+    normalised, the expert too. expert, in robot units, and valid (B, H) likewise. Steps that are not valid
+    are padding: hatched, and no expert is drawn there. n_action_steps marks where the policy looks again.
+    Raises ValueError for shapes that do not match and for a wrong number of names.
     """
-    scaled, chunk = _one(normalised, sample, 2, "normalised"), _one(robot_units, sample, 2, "robot_units")
+    scaled = _one(normalised, sample, 2, "normalised")
+    chunk = scaled if robot_units is None else _one(robot_units, sample, 2, "robot_units")
+    units = ["normalised"] * chunk.shape[1] if robot_units is None and units is None else units
     shown = None if expert is None else _one(expert, sample, 2, "expert")
     for what, other in (("normalised", scaled), ("expert", shown)):
         if other is not None and other.shape != chunk.shape:
@@ -50,10 +55,11 @@ def plot_chunk(
         raise ValueError(f"valid has {len(real)} steps, the chunk {horizon}; expected one for each step")
     names, units = _labels(names, size, "names", "action"), _labels(units, size, "units", "")
     with palette.style():
-        figure, axes = _sheet(size)
+        told = [f"{name}\n({unit})" if unit else name for name, unit in zip(names, units, strict=True)]
+        figure, axes, tall = _sheet(told)
         for i, ax in enumerate(axes):
             _draw_dimension(ax, chunk[:, i], None if shown is None else shown[:, i], real)
-            ax.set_ylabel(f"{names[i]}\n({units[i]})" if units[i] else names[i])
+            ax.set_ylabel(palette.wrapped(told[i], tall, palette.FONT, "normal"))
             _second_scale(ax, chunk[:, i], scaled[:, i])
             if n_action_steps is not None and n_action_steps < horizon:
                 _mark_replanning(ax, n_action_steps, first=i == 0)
@@ -89,16 +95,20 @@ def plot_gripper_path(
     *,
     driven: Tensor | np.ndarray | None = None,
     expert: Tensor | np.ndarray | None = None,
+    labels: Sequence[str] | None = None,
     title: str | None = None,
     ax: Axes | None = None,
 ) -> Figure:
     """Where the gripper is told to go, over the table camera's picture.
 
     image (3, H, W) or (H, W, 3), the whole table; paths (N, 2) or several of them, oldest first, in table
-    widths: x to the right, y up, both in [0, 1]. Older paths fade. `driven` (N, 2) is the way really taken,
-    `expert` (N, 2) the demonstrator's. Raises ValueError for other shapes.
+    widths: x to the right, y up, both in [0, 1]. Older paths fade, unless `labels` names each: then all are
+    strong and differ in colour and dash. `driven` (N, 2) is the way really taken, `expert` (N, 2) the
+    demonstrator's. Raises ValueError for other shapes, and for labels that are not one a path.
     """
     many = _paths(paths)
+    if labels is not None and len(labels) != len(many):
+        raise ValueError(f"labels has {len(labels)} entries for {len(many)} paths; expected one a path")
     with palette.style():
         own = ax is None
         figure, ax = palette.panel(ax, 3.9, width=5.2)
@@ -107,15 +117,15 @@ def plot_gripper_path(
             _draw_path(ax, _paths(expert)[0], palette.INK, "expert", linestyle=(0, (4, 2)), linewidth=1.3)
         if driven is not None:
             _draw_path(ax, _paths(driven)[0], palette.INK, "driven", linewidth=2.2)
-        for age, path in enumerate(reversed(many)):
-            alpha = 1.0 if len(many) == 1 else 1 - 0.75 * age / (len(many) - 1)
-            name = "predicted" if age == 0 else "earlier looks" if age == 1 else None
-            _draw_path(ax, path, PREDICTED, name, linewidth=1.9 - 0.5 * (age > 0), alpha=alpha)
+        _draw_looks(ax, many, labels)
         ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="x (table widths)", ylabel="y (table widths)")
         ax.set(xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
         _name_paths(ax, beside=own)
-        text = _path_title(many) if title is None else title
-        ax.set_title(text if own else palette.wrapped(text, _inches(ax)), fontsize=palette.FONT + own)
+        text = _path_title(many, labels) if title is None else title
+        if own:
+            ax.set_title(text)
+        else:
+            palette.entitle(ax, text, own=False)
     return figure
 
 
@@ -126,24 +136,20 @@ def gripper_path(start: Tensor | np.ndarray, actions: Tensor | np.ndarray, max_s
     `max_step`, clipped to [-1, 1] as the world does. The table's edge and the obstacle, which may stop the
     real gripper, are not known here.
     """
-    moves = np.clip(_numpy(actions)[:, :2], -1, 1) * max_step
-    return np.concatenate((_numpy(start)[None, :2], _numpy(start)[:2] + moves.cumsum(axis=0)))
-
-
-def _numpy(value: Any) -> np.ndarray:
-    return np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
+    moves = np.clip(as_array(actions)[:, :2], -1, 1) * max_step
+    return np.concatenate((as_array(start)[None, :2], as_array(start)[:2] + moves.cumsum(axis=0)))
 
 
 def _one(value: Any, sample: int, dimensions: int, what: str) -> np.ndarray:
     """One sample of a batch, or the value itself when it is not batched."""
-    array = _numpy(value)
+    array = as_array(value)
     if array.ndim == dimensions + 1:
         if not 0 <= sample < len(array):
             raise ValueError(f"sample is {sample}; {what} holds {len(array)}: expected 0 to {len(array) - 1}")
         array = array[sample]
     if array.ndim != dimensions:
         wanted = "(B, H, A) or (H, A)" if dimensions == 2 else "(B, H) or (H,)"
-        raise ValueError(f"{what} has shape {_numpy(value).shape}; expected {wanted}")
+        raise ValueError(f"{what} has shape {as_array(value).shape}; expected {wanted}")
     return array
 
 
@@ -158,45 +164,30 @@ def _labels(given: Sequence[str] | None, size: int, what: str, default: str) -> 
     return list(given)
 
 
-def _sheet(size: int) -> tuple[Figure, list[Axes]]:
-    """Panels one above the other; from eight dimensions on, in two columns."""
+def _sheet(labels: Sequence[str]) -> tuple[Figure, list[Axes], float]:
+    """Panels one above the other, from eight on in two columns, and how long a line of a label may be."""
+    size = len(labels)
     columns = 1 if size < 8 else 2
     rows = math.ceil(size / columns)
-    figure = palette.sheet(0.75 + 0.95 * rows)
+    tall = max(0.72, *(palette.text_width(word) for label in labels for word in label.split()))
+    figure = palette.sheet(0.75 + (tall + 0.23) * rows)
     axes = figure.subplots(rows, columns, sharex=True, squeeze=False).T.flatten()
     for ax in axes[size:]:
         ax.set_axis_off()
-    return figure, list(axes[:size])
+    return figure, list(axes[:size]), tall
 
 
 def _draw_dimension(ax: Axes, chunk: np.ndarray, expert: np.ndarray | None, valid: np.ndarray) -> None:
     steps = np.arange(len(chunk))
     for step in steps[~valid]:
-        grey: dict[str, Any] = {"facecolor": palette.KIND_COLOURS["padding"], "edgecolor": palette.HATCH_INK}
-        ax.axvspan(step - 0.5, step + 0.5, **grey, hatch=palette.HATCH, linewidth=0, zorder=0)
+        ax.axvspan(step - 0.5, step + 0.5, **palette.PADDING, zorder=0)
     if expert is not None:
-        told = np.where(valid, expert, np.nan)
-        ax.plot(
-            steps,
-            told,
-            color=EXPERT,
-            linewidth=1.1,
-            linestyle=(0, (3, 2)),
-            marker="o",
-            markersize=2.6,
-            gid="expert",
-        )
-    ax.plot(
-        steps, chunk, color=PREDICTED, marker="o", markersize=2.5, linewidth=1, alpha=0.5, gid="predicted"
-    )
-    ax.plot(
-        steps,
-        np.where(valid, chunk, np.nan),
-        color=PREDICTED,
-        marker="o",
-        markersize=3,
-        gid="predicted, real",
-    )
+        dots: dict[str, Any] = {"linewidth": 1.1, "linestyle": (0, (3, 2)), "marker": "o", "markersize": 2.6}
+        ax.plot(steps, np.where(valid, expert, np.nan), color=EXPERT, **dots, gid="expert")
+    thin: dict[str, Any] = {"marker": "o", "markersize": 2.5, "linewidth": 1, "alpha": 0.5}
+    ax.plot(steps, chunk, color=PREDICTED, **thin, gid="predicted")
+    real = np.where(valid, chunk, np.nan)
+    ax.plot(steps, real, color=PREDICTED, marker="o", markersize=3, gid="predicted, real")
     ax.set_xlim(-0.5, len(chunk) - 0.5)
     ax.margins(y=0.15)
     ax.yaxis.set_major_locator(MaxNLocator(3))
@@ -228,10 +219,8 @@ def _second_scale(ax: Axes, chunk: np.ndarray, scaled: np.ndarray) -> None:
 def _mark_replanning(ax: Axes, step: int, *, first: bool) -> None:
     ax.axvline(step - 0.5, color=palette.MUTED, linewidth=0.9)
     if first:
-        where = ax.get_xaxis_transform()
-        ax.text(
-            step - 0.4, 1.02, "looks again", transform=where, fontsize=palette.FONT - 1, color=palette.MUTED
-        )
+        font: dict[str, Any] = {"fontsize": palette.FONT - 1, "color": palette.MUTED}
+        ax.text(step - 0.4, 1.02, "looks again", transform=ax.get_xaxis_transform(), **font)
 
 
 def _finish(axes: Sequence[Axes], has_expert: bool, size: int) -> None:
@@ -241,25 +230,17 @@ def _finish(axes: Sequence[Axes], has_expert: bool, size: int) -> None:
             ax.set_xlabel("step of the chunk")
             ax.tick_params(labelbottom=True)
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    where: dict[str, Any] = {
-        "xycoords": "axes fraction",
-        "textcoords": "offset points",
-        "ha": "right",
-        "va": "bottom",
-    }
-    font: dict[str, Any] = {"fontsize": palette.FONT - 1, "fontweight": "bold"}
+    where: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "right"}
+    font: dict[str, Any] = {"va": "bottom", "fontsize": palette.FONT - 1, "fontweight": "bold"}
     axes[0].annotate("predicted", (1, 1), (-42 if has_expert else 0, 2), color=PREDICTED, **where, **font)
     if has_expert:
         axes[0].annotate("expert", (1, 1), (0, 2), color=EXPERT, **where, **font)
 
 
 def _paths(paths: Any) -> list[np.ndarray]:
-    many = (
-        [_numpy(p) for p in paths]
-        if isinstance(paths, (list, tuple)) and np.ndim(paths[0]) == 2
-        else _numpy(paths)
-    )
-    many = [many] if isinstance(many, np.ndarray) and many.ndim == 2 else list(many)
+    several = isinstance(paths, (list, tuple)) and np.ndim(paths[0]) == 2
+    many = [as_array(path) for path in paths] if several else [*as_array(paths)]
+    many = [as_array(paths)] if np.ndim(many[0]) == 1 else many
     if not many or any(p.ndim != 2 or p.shape[1] != 2 for p in many):
         raise ValueError(
             f"paths have shapes {[np.shape(p) for p in many]}; expected (N, 2) or several of them"
@@ -278,6 +259,18 @@ def _draw_path(ax: Axes, path: np.ndarray, colour: str, name: str | None, **line
     )
 
 
+def _draw_looks(ax: Axes, many: Sequence[np.ndarray], labels: Sequence[str] | None) -> None:
+    """The commanded paths, oldest first: told apart by name, or the older the fainter."""
+    for age, path in enumerate(reversed(many)):
+        if labels is None:
+            alpha = 1.0 if len(many) == 1 else 1 - 0.75 * age / (len(many) - 1)
+            name = "predicted" if age == 0 else "earlier looks" if age == 1 else None
+            _draw_path(ax, path, PREDICTED, name, linewidth=1.9 - 0.5 * (age > 0), alpha=alpha)
+    for i, (path, label) in enumerate(zip(many, labels or (), strict=False)):
+        dash = DASHES[i // len(PATHS) % len(DASHES)]
+        _draw_path(ax, path, PATHS[i % len(PATHS)], label, linewidth=1.9, linestyle=dash)
+
+
 def _name_paths(ax: Axes, *, beside: bool) -> None:
     """The names of the paths: beside the picture on a sheet of its own, else where it covers least."""
     outside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0)}
@@ -286,14 +279,10 @@ def _name_paths(ax: Axes, *, beside: bool) -> None:
         ax.legend(**(outside if beside else inside), handlelength=1.4, fontsize=palette.FONT - 1)
 
 
-def _inches(ax: Axes) -> float:
-    return ax.get_window_extent().width / palette.figure_of(ax).dpi
-
-
-def _path_title(many: Sequence[np.ndarray]) -> str:
+def _path_title(many: Sequence[np.ndarray], labels: Sequence[str] | None) -> str:
     steps = len(many[-1]) - 1
-    return (
-        f"One look commands {steps} steps"
-        if len(many) == 1
-        else f"{len(many)} looks, {steps} steps each: the last is strongest"
-    )
+    if len(many) == 1:
+        return f"One look commands {steps} steps"
+    if labels is not None:
+        return f"{len(many)} chunks of {steps} steps"
+    return f"{len(many)} looks, {steps} steps each: the last is strongest"

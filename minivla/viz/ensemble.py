@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from minivla.viz import palette
+from minivla.viz.pictures import as_array
 
 
 def plot_ensemble(
@@ -91,7 +91,7 @@ def ensemble_title(weights: np.ndarray, moment: int) -> str:
 
 
 def _check(chunks: Any, dimension: int) -> np.ndarray:
-    array = np.asarray(chunks.detach().cpu() if isinstance(chunks, Tensor) else chunks, dtype=float)
+    array = as_array(chunks).astype(float)
     if array.ndim == 3 and not 0 <= dimension < array.shape[2]:
         raise ValueError(
             f"dimension is {dimension}; the chunks have {array.shape[2]}: expected 0 to {array.shape[2] - 1}"
@@ -109,20 +109,13 @@ def _draw_rows(ax: Axes, weights: np.ndarray, horizon: int, moment: int) -> None
     """A bar a chunk; a cell is as strong as its weight beside the largest of its moment."""
     steps = len(weights)
     strongest = weights.max(axis=0)
-    base, paper = np.array(to_rgb(palette.KIND_COLOURS["action"])), np.array(to_rgb(palette.PAPER))
     for made in range(steps):
         for t in range(made, made + horizon):
             share = 0.1 + 0.9 * weights[made, t] / strongest[t]
-            colour = (
-                np.clip(share * base + (1 - share) * paper, 0, 1)
-                if t < steps
-                else to_rgb(palette.KIND_COLOURS["padding"])
-            )
-            ax.add_patch(
-                Rectangle(
-                    (t - 0.47, made - 0.4), 0.94, 0.8, facecolor=colour, linewidth=0, gid=f"chunk {made}"
-                )
-            )
+            colour = palette.blend(palette.PAPER, palette.KIND_COLOURS["action"], share)
+            look: dict[str, Any] = {"facecolor": colour if t < steps else palette.KIND_COLOURS["padding"]}
+            cell = Rectangle((t - 0.47, made - 0.4), 0.94, 0.8, linewidth=0, gid=f"chunk {made}", **look)
+            ax.add_patch(cell)
     ax.add_patch(
         Rectangle((moment - 0.5, -0.6), 1, steps + 0.2, fill=False, edgecolor=palette.INK, linewidth=1.4)
     )
@@ -144,21 +137,12 @@ def _write_weights(ax: Axes, say: np.ndarray, moment: int) -> None:
 def _draw_values(ax: Axes, values: np.ndarray, executed: np.ndarray, moment: int, name: str) -> None:
     steps, horizon = values.shape
     for made, chunk in enumerate(values):
-        ax.plot(
-            np.arange(made, made + horizon),
-            chunk,
-            color=palette.KIND_COLOURS["action"],
-            linewidth=0.9,
-            alpha=0.4,
-            gid="chunk",
-        )
-    ax.plot(
-        np.arange(steps), executed, color=palette.INK, linewidth=2, marker="o", markersize=3, gid="executed"
-    )
+        thin: dict[str, Any] = {"color": palette.KIND_COLOURS["action"], "linewidth": 0.9, "alpha": 0.4}
+        ax.plot(np.arange(made, made + horizon), chunk, gid="chunk", **thin)
+    strong: dict[str, Any] = {"linewidth": 2, "marker": "o", "markersize": 3, "gid": "executed"}
+    ax.plot(np.arange(steps), executed, color=palette.INK, **strong)
     ax.axvline(moment, color=palette.INK, linewidth=0.8, linestyle=(0, (2, 2)))
-    font: dict[str, Any] = {"ha": "right", "va": "top", "fontweight": "bold", "fontsize": palette.FONT - 1}
-    told = (("executed", palette.INK), ("predictions", palette.KIND_COLOURS["action"]))
-    for line, (text, colour) in enumerate(told):
-        ax.text(0.995, 0.97 - 0.14 * line, text, transform=ax.transAxes, color=colour, **font)
+    palette.say(ax, 0, "executed", palette.INK)
+    palette.say(ax, 1, "predictions", palette.KIND_COLOURS["action"])
     ax.set(xlabel="step of the episode", ylabel=name)
     ax.xaxis.set_major_locator(MaxNLocator(12, integer=True))

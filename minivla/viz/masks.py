@@ -24,6 +24,7 @@ from minivla.viz.layout import (
     spread,
     token_edges,
 )
+from minivla.viz.pictures import as_array
 
 SIDE, RIGHT, BOTTOM, TOP = 3.4, 0.85, 0.35, 0.42  # inches
 
@@ -67,7 +68,7 @@ def check_mask(mask: Tensor | np.ndarray | None) -> np.ndarray:
         raise ValueError(
             "there is no mask to draw: the policy described none. Give a site: trace.plot_mask('encoder.0')"
         )
-    table = np.asarray(mask.cpu() if isinstance(mask, Tensor) else mask)
+    table = as_array(mask)
     if table.ndim != 2:
         raise ValueError(
             f"the mask has shape {table.shape}; expected (Q, K). Of a batch give one sample: mask[0]"
@@ -135,14 +136,12 @@ def _write_title(figure: Figure, text: str) -> None:
 
 
 def _hatch(ax: Axes, keys: Sequence[Segment]) -> None:
+    """Hatches over the columns of padding; their colours stay, which tell whether they are closed."""
     edges = segment_edges(keys)
-    for i, s in enumerate(keys):
+    for s, left, right in zip(keys, edges[:-1], edges[1:], strict=True):
         if s.kind == "padding":
-            ax.add_patch(
-                Rectangle(
-                    (edges[i], 0), edges[i + 1] - edges[i], 1, fill=False, hatch=palette.HATCH, linewidth=0
-                )
-            )
+            hatched: dict[str, Any] = {**palette.PADDING, "facecolor": "none"}
+            ax.add_patch(Rectangle((left, 0), right - left, 1, **hatched))
 
 
 def _rule_off(ax: Axes, queries: Sequence[Segment], keys: Sequence[Segment]) -> None:
@@ -162,7 +161,7 @@ def _name_groups(
     ax: Axes, queries: Sequence[Segment], keys: Sequence[Segment], counts: Sequence[tuple[int, int]]
 ) -> int:
     """Keys above, queries on the left, on the right how many keys a query sees. Returns lines of names."""
-    inches = ax.get_window_extent().width / palette.figure_of(ax).dpi
+    inches = palette.inches(ax)
     labels = place_labels(keys, inches, _key_names(queries, keys))
     draw_labels(ax, labels, inches, 0)
     y = segment_edges(queries)

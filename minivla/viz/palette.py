@@ -12,12 +12,13 @@ import base64
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, get_args
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextPath
@@ -54,6 +55,12 @@ PAPER = "#FAFAFA"  # a card on a white page and on a dark one
 FAINT = "#E9E9E9"  # a closed place, an empty track
 HATCH = "////"  # padding, on top of its grey
 HATCH_INK = "#9A9A9A"
+PADDING: dict[str, Any] = {  # how a box of padding is drawn, in every figure
+    "facecolor": KIND_COLOURS["padding"],
+    "edgecolor": HATCH_INK,
+    "hatch": HATCH,
+    "linewidth": 0,
+}
 
 WIDTH = 6.5  # inches
 FONT = 9.0  # points
@@ -158,19 +165,40 @@ def figure_of(ax: Axes) -> Figure:
     return figure
 
 
+def inches(ax: Axes) -> float:
+    """How wide axes are drawn."""
+    return ax.get_window_extent().width / figure_of(ax).dpi
+
+
+def entitle(ax: Axes, text: str, *, own: bool) -> None:
+    """The title of a single panel: the figure's where the figure is our own, else above its axes."""
+    if own:
+        headline(figure_of(ax), text)
+    else:
+        ax.set_title(wrapped(text, inches(ax)), fontsize=FONT)
+
+
+def say(ax: Axes, line: int, text: str, colour: str, *, left: bool = False) -> None:
+    """A line of bold text in an upper corner, in the colour of the curve that it names: a legend."""
+    style: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top"}
+    font: dict[str, Any] = {"color": colour, "fontsize": FONT - 1, "fontweight": "bold"}
+    corner, inwards = ((0, 1), 3) if left else ((1, 1), -1)
+    ax.annotate(text, corner, (inwards, -1 - 12 * line), ha="left" if left else "right", **style, **font)
+
+
 def headline(figure: Figure, text: str) -> None:
     """The figure's title, at its left edge, broken into lines where it is too long."""
     figure.suptitle(wrapped(text, figure.get_size_inches()[0] - 0.25), x=0.012, ha="left")
 
 
-def wrapped(text: str, inches: float) -> str:
-    """A bold title broken between words so that no line is longer than `inches`; its own line breaks stay."""
+def wrapped(text: str, inches: float, size: float = FONT + 1, weight: str = "bold") -> str:
+    """A text, a title by default, broken between words into lines of at most `inches`; its breaks stay."""
     lines = []
     for paragraph in text.split("\n"):
         lines.append("")
         for word in paragraph.split(" "):
             longer = f"{lines[-1]} {word}".strip()
-            if lines[-1] and text_width(longer, FONT + 1, weight="bold") > inches:
+            if lines[-1] and text_width(longer, size, weight) > inches:
                 lines.append(word)
             else:
                 lines[-1] = longer
@@ -188,6 +216,12 @@ def colour_of(kind: str) -> str:
     if kind not in KIND_COLOURS:
         raise ValueError(f"token kind {kind!r} has no colour; expected one of {', '.join(KIND_COLOURS)}")
     return KIND_COLOURS[kind]
+
+
+def blend(one: str, other: str, share: float) -> str:
+    """The colour that is `share` of the way from `one` to `other`."""
+    share = min(1.0, max(0.0, share))
+    return to_hex([(1 - share) * a + share * b for a, b in zip(to_rgb(one), to_rgb(other), strict=True)])
 
 
 def text_on(colour: str) -> str:
@@ -208,11 +242,17 @@ def contrast(one: str, other: str) -> float:
     return (light + 0.05) / (dark + 0.05)
 
 
+@lru_cache(maxsize=4096)
 def text_width(text: str, size: float = FONT, weight: str = "normal") -> float:
     """How wide a line of text is drawn, in inches."""
     with style():
         font = FontProperties(size=size, weight=weight)
         return TextPath((0, 0), text, prop=font).get_extents().x1 / 72 if text.strip() else 0.0
+
+
+def percent(share: float, digits: int = 0) -> str:
+    """A share as text: "61 %"."""
+    return f"{100 * share:.{digits}f} %"
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:

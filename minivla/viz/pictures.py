@@ -1,4 +1,4 @@
-"""Camera images as matplotlib and Pillow want them."""
+"""Tensors and camera images as matplotlib and Pillow want them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ import numpy as np
 from torch import Tensor
 
 
+def as_array(value: Any) -> np.ndarray:
+    """A tensor (on any device, with or without gradients), array or list as an array."""
+    return np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
+
+
 def as_picture(image: Any, *, rescale: bool = False) -> np.ndarray:
     """An image as float (H, W, 3) in [0, 1], from a tensor or array (3, H, W) or (H, W, 3), uint8 or float.
 
     With `rescale`, for normalised images, the darkest value becomes 0 and the brightest 1; a flat image
     becomes grey. Raises ValueError for other shapes, and for floats outside [0, 1] unless `rescale`.
     """
-    array = np.asarray(image.detach().cpu() if isinstance(image, Tensor) else image)
+    array = as_array(image)
     if array.ndim != 3 or 3 not in (array.shape[0], array.shape[-1]):
         raise ValueError(
             f"an image has shape {array.shape}; expected (3, H, W) or (H, W, 3). "

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from torch import Tensor
 from minivla.data.features import NormalizationMode
 from minivla.data.normalize import STATISTICS, normalize
 from minivla.viz import palette
+
+if TYPE_CHECKING:
+    from minivla.training.evaluation import Evaluation
 
 REACH = 4.0  # normalised values further out are counted, not drawn
 
@@ -81,6 +84,51 @@ def smoothed(values: np.ndarray) -> np.ndarray:
     at = np.arange(len(values))
     low, high = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
     return (total[high] - total[low]) / (high - low)
+
+
+def plot_success(
+    results: Mapping[str, Evaluation], *, title: str | None = None, ax: Axes | None = None
+) -> Figure:
+    """Success rates side by side: a dot for each share, and Wilson's 95 % interval as a range, top to bottom.
+
+    results: {name: what `minivla.evaluate` returned}. Two rates whose ranges overlap may be the same. Raises
+    ValueError when there are none.
+    """
+    if not results:
+        raise ValueError("there are no results to draw; expected {name: minivla.evaluate(policy, …)}")
+    y = np.arange(len(results))
+    share, low, high = np.array([(r.success, r.low, r.high) for r in results.values()]).T
+    with palette.style():
+        own = ax is None
+        figure, ax = palette.panel(ax, 0.85 + 0.3 * len(results))
+        ax.hlines(y, 0, 1, color=palette.FAINT, linewidth=1, zorder=0)
+        ax.hlines(
+            y, low, high, color=palette.KIND_COLOURS["state"], linewidth=4.5, alpha=0.45, gid="interval"
+        )
+        ax.plot(share, y, "o", color=palette.KIND_COLOURS["state"], markersize=6.5, gid="success")
+        for i, result in enumerate(results.values()):
+            told = f"{palette.percent(result.success)} of {result.episodes}"
+            ax.text(1.03, i, told, va="center", fontsize=palette.FONT - 1)
+        ax.set_yticks(y, list(results))
+        ax.set(xlim=(-0.02, 1.02), ylim=(len(results) - 0.5, -0.5), xlabel="success rate (range: 95 %)")
+        ax.set_xticks(np.linspace(0, 1, 5), ["0", "25 %", "50 %", "75 %", "100 %"])
+        ax.tick_params(axis="y", length=0)
+        ax.spines["left"].set_visible(False)
+        palette.entitle(ax, success_title(results) if title is None else title, own=own)
+    return figure
+
+
+def success_title(results: Mapping[str, Evaluation]) -> str:
+    """The finding: whether the best is apart from the next by more than chance."""
+    ranked = sorted(results, key=lambda name: -results[name].success)
+    best = results[ranked[0]]
+    told = f"{ranked[0]} succeeds in {palette.percent(best.success)} of {best.episodes} episodes"
+    if len(ranked) == 1:
+        return told
+    if best.low > results[ranked[1]].high:
+        return f"{told}, more than the rest"
+    equal = [name for name in ranked[1:] if results[name].high >= best.low]
+    return f"{told}; {palette.listed(equal)} may be as good"
 
 
 def plot_normalisation(
@@ -155,13 +203,10 @@ def plot_windows(
         _draw_cells(ax, frames, pad, "action", 0.0 if seen is None else 0.2, thick)
         if seen is not None:
             _draw_cells(ax, *seen, "state", -0.29, 0.36)
-            marks = [
-                Patch(color=palette.KIND_COLOURS[k], label=n)
-                for k, n in (("state", "observations"), ("action", "actions"))
-            ]
-            ax.legend(
-                handles=marks, loc="lower left", handlelength=1, handleheight=1, fontsize=palette.FONT - 1
-            )
+            named = (("state", "observations"), ("action", "actions"))
+            marks = [Patch(color=palette.KIND_COLOURS[kind], label=name) for kind, name in named]
+            size: dict[str, Any] = {"handlelength": 1, "handleheight": 1, "fontsize": palette.FONT - 1}
+            ax.legend(handles=marks, loc="lower left", **size)
         _window_axes(ax, frames, pad, seen, current)
         ax.set_title(
             f"{int(pad.sum())} of {pad.size} actions in these windows are padding" if title is None else title
@@ -186,15 +231,8 @@ def _draw_loss(ax: Axes, step: np.ndarray, loss: np.ndarray, key: str) -> None:
 def _draw_success(ax: Axes, rounds: Sequence[Mapping[str, Any]]) -> None:
     at, rate = [r["step"] for r in rounds], np.array([r["success"] for r in rounds])
     low, high = (np.array([r.get(side, r["success"]) for r in rounds]) for side in ("low", "high"))
-    ax.errorbar(
-        at,
-        rate,
-        [rate - low, high - rate],
-        color=palette.KIND_COLOURS["state"],
-        marker="o",
-        markersize=3.5,
-        capsize=2.5,
-    )
+    style: dict[str, Any] = {"marker": "o", "markersize": 3.5, "capsize": 2.5}
+    ax.errorbar(at, rate, [rate - low, high - rate], color=palette.KIND_COLOURS["state"], **style)
     ax.set(ylim=(-0.03, 1.03), ylabel="success rate\n(bar: 95 %)", xlabel="training step")
 
 
@@ -225,9 +263,8 @@ def _draw_mode(ax: Axes, values: np.ndarray, mode: NormalizationMode) -> None:
 def _count_beyond(ax: Axes, side: int, share: float) -> None:
     colour = palette.KIND_COLOURS["action"]
     style: dict[str, Any] = {"color": colour, "fontsize": palette.FONT - 1, "fontweight": "bold"}
-    text = f"{share:.1%} beyond".replace("%", " %")
     ax.annotate(
-        text,
+        f"{palette.percent(share, 1)} beyond",
         xy=(side * REACH, 0),
         xytext=(side * 0.985 * REACH, 0.55),
         textcoords=("data", "axes fraction"),
@@ -276,32 +313,14 @@ def _draw_cells(
     for row, column in np.ndindex(frames.shape):
         x, y, padded = places[row, column], row + offset, pad[row, column]
         colour = palette.KIND_COLOURS["padding" if padded else kind]
-        hatch = palette.HATCH if padded else None
-        corner = (x - 0.46, y - thick / 2)
-        ax.add_patch(
-            Rectangle(
-                corner,
-                0.92,
-                thick,
-                facecolor=colour,
-                hatch=hatch,
-                linewidth=0,
-                gid="padding" if padded else kind,
-            )
-        )
+        look = palette.PADDING if padded else {"facecolor": colour, "linewidth": 0}
+        gid = "padding" if padded else kind
+        ax.add_patch(Rectangle((x - 0.46, y - thick / 2), 0.92, thick, **look, gid=gid))
         if small:
             ink, paper = (palette.INK, colour) if padded else (palette.text_on(colour), "none")
             box = {"boxstyle": "round,pad=0.1", "facecolor": paper, "edgecolor": "none"}
-            ax.text(
-                x,
-                y,
-                str(frames[row, column]),
-                ha="center",
-                va="center",
-                color=ink,
-                fontsize=palette.FONT - 2,
-                bbox=box,
-            )
+            middle: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": palette.FONT - 2}
+            ax.text(x, y, str(frames[row, column]), color=ink, bbox=box, **middle)
 
 
 def _window_axes(

@@ -1,11 +1,23 @@
 """Shares add up to one, the patches lit are the patches looked at."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+import minivla
 from minivla.segments import Segment, arrange
-from minivla.viz import attention_rollout, attention_shares, attention_weights, plot_attention, plot_look
+from minivla.viz import (
+    attention_rollout,
+    attention_shares,
+    attention_weights,
+    plot_attention,
+    plot_look,
+    plot_rollout,
+    rollout_weights,
+    striking_patch,
+)
 
 SITE = "decoder.0.cross"
 KEYS = arrange(
@@ -83,6 +95,22 @@ def test_patches_lie_on_the_image_in_reading_order():
     assert figure.get_suptitle() == "This query gives 90 % of its attention to table (even: 80 %)"
 
 
+def test_a_patch_that_stands_out_is_named_by_row_and_column():
+    wide = arrange([Segment("state", "state", 1), Segment("table", "image", 60, grid=(6, 10), image="t")])
+    row = np.full(61, 0.8 / 60)
+    row[1 + 4 * 10 + 7] = 0.2  # of 61 tokens, so 12 times the even share
+    assert striking_patch(row, wide) == ("table", 4, 7)
+    title = plot_look(row, wide, {"t": np.zeros((12, 20, 3))}).get_suptitle()
+    assert title == "This query gives 20 % to one patch: table, row 4, column 7 (even: 1.6 %)"
+    assert striking_patch(row, wide, times=20) is None
+    dimmer = np.append(0.25, row[1:] * 0.75 / row[1:].sum())
+    assert striking_patch(dimmer, wide) == ("table", 4, 7)  # the state is brighter, but no patch
+    dimmer = np.append(0.6, row[1:] * 0.4 / row[1:].sum())
+    assert striking_patch(dimmer, wide, times=1) is None  # most goes to the state: that is the finding
+    title = plot_look(dimmer, wide, {"t": np.zeros((12, 20, 3))}).get_suptitle()
+    assert "60 % of its attention to state" in title
+
+
 def test_attention_without_cameras_is_drawn_by_position(seen):
     figure = seen.trace.plot_attention("decoder.0.self", query=1)
     (ax,) = figure.axes
@@ -111,12 +139,35 @@ def test_rollout_of_one_layer_and_of_two():
     assert torch.allclose(attention_rollout(layers, residual=1.0), torch.eye(5).expand(2, -1, -1))
 
 
-def test_rollout_of_the_encoder_can_be_drawn(seen):
+def test_rollout_chains_the_encoder_and_ends_in_the_cross_attention(seen):
     call = seen.trace.calls[-1]
-    rolled = attention_rollout([call.attention[f"encoder.{i}"] for i in range(2)])
-    images = {key: seen.item[key] for key in seen.item if "images" in key}
-    figure = plot_look(rolled[0, 0], call.sites["encoder.0"][1], images)
-    assert sum(bars(figure)[1]) == pytest.approx(1, abs=1e-5)
+    weights, keys = rollout_weights(call, query=3)
+    rolled = attention_rollout([call.attention[f"encoder.{i}"] for i in range(2)])[0]
+    assert torch.allclose(weights, call.attention[SITE][0, :, 3].mean(0) @ rolled, atol=1e-6)
+    assert keys == call.sites["encoder.0"][0]
+    for traced in (call, seen.trace):
+        figure = plot_rollout(traced, query=3)
+        assert np.allclose(lit(figure.axes[0]).ravel(), weights[3:67], atol=1e-6)
+        assert sum(bars(figure)[1]) == pytest.approx(1, abs=1e-5)
+        assert figure.get_suptitle().startswith("Queries[3] gives")
+        assert "rollout through encoder.0 … encoder.1 → decoder.0.cross" in figure.get_suptitle()
+
+
+def test_rollout_of_one_stack_without_cross_attention(seen):
+    call = replace(seen.trace.calls[-1])
+    call.attention = {k: v for k, v in call.attention.items() if k.startswith("encoder")}
+    rolled = attention_rollout(list(call.attention.values()))[0]
+    assert torch.allclose(rollout_weights(call, query="state")[0], rolled[1])
+    assert "rollout through encoder.0 … encoder.1" in plot_rollout(call, query="state").get_suptitle()
+    with pytest.raises(ValueError, match=r"sample is 1; site 'encoder\.1' has 1"):
+        plot_rollout(call, sample=1)
+    with pytest.raises(KeyError, match="no query segment is called 'queries'"):
+        plot_rollout(call, query="queries")
+    call.attention = {SITE: seen.trace.attention[SITE]}
+    with pytest.raises(ValueError, match=r"this call holds decoder\.0\.cross\. Trace with attention=True"):
+        plot_rollout(call)
+    with pytest.raises(ValueError, match="this trace is empty"):
+        plot_rollout(minivla.trace(seen.policy))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Chunks, paths and ensembling: lines hold the numbers, and the ensemble is the policy's own."""
 
+import itertools
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -59,6 +61,25 @@ def test_the_dimension_furthest_from_the_expert_is_judged_in_normalised_units():
     assert plot_chunk(normalised, robot).get_suptitle() == "6 actions from one look"
 
 
+def test_without_robot_units_everything_is_normalised():
+    figure = plot_chunk(torch.linspace(-1, 1, 6)[None, :, None], names=("dx",))
+    (ax,) = figure.axes
+    assert ax.get_ylabel() == "dx\n(normalised)"
+    assert not ax.child_axes
+
+
+def test_long_units_are_broken_and_panels_do_not_overlap():
+    units = ("share of the largest step", "share of the largest step", "incommensurable")
+    figure = plot_chunk(torch.zeros(1, 4, 3), torch.rand(1, 4, 3), names=NAMES, units=units)
+    figure.canvas.draw()
+    boxes = [ax.yaxis.label.get_window_extent() for ax in figure.axes]
+    for above, below in itertools.pairwise(boxes):
+        assert above.y0 > below.y1
+    assert figure.axes[0].get_ylabel().replace("\n", " ") == "dx (share of the largest step)"
+    ends = figure.get_window_extent()
+    assert all(ends.y0 <= box.y0 and box.y1 <= ends.y1 for box in boxes)
+
+
 def test_many_dimensions_go_into_two_columns():
     figure = plot_chunk(torch.zeros(1, 4, 14), torch.rand(1, 4, 14), names=[f"j{i}" for i in range(14)])
     columns = {round(ax.get_position().x0, 1) for ax in figure.axes}
@@ -114,6 +135,20 @@ def test_paths_lie_on_the_table_with_y_up(seen):
     }
     assert "table widths" in ax.get_xlabel()
     assert "table widths" in ax.get_ylabel()
+
+
+def test_named_paths_differ_in_colour_and_then_in_dash(seen):
+    image = seen.item["observation.images.table"]
+    paths = [np.array([[0.1, 0.1 * i], [0.6, 0.1 * i]]) for i in range(6)]
+    (ax,) = plot_gripper_path(image, paths, labels=list("abcdef")).axes
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == list("abcdef")
+    drawn = [next(line for line in ax.lines if line.get_gid() == name) for name in "abcdef"]
+    assert [line.get_xydata().tolist() for line in drawn] == [path.tolist() for path in paths]
+    assert len({(line.get_color(), line.get_linestyle()) for line in drawn}) == 6
+    assert {line.get_alpha() for line in drawn} == {None}
+    assert ax.get_title(loc="left") == "6 chunks of 1 steps"
+    with pytest.raises(ValueError, match="labels has 1 entries for 6 paths"):
+        plot_gripper_path(image, paths, labels=["a"])
 
 
 def test_paths_on_axes_of_ones_own(seen):

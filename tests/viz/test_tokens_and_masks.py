@@ -9,7 +9,7 @@ from matplotlib.colors import to_rgb, to_rgba
 import minivla
 from minivla.nn.masks import segment_mask
 from minivla.segments import Segment, arrange
-from minivla.viz import palette, plot_mask, plot_tokens
+from minivla.viz import palette, plot_mask, plot_tokens, seen_tokens
 from minivla.viz.layout import segment_edges
 
 SMALL = arrange(
@@ -51,6 +51,23 @@ def test_ribbon_hatches_padding_by_segment_and_by_token():
     assert [box.get_gid() for box in hatched] == ["nothing", "padding"]
     whole = next(box for box in ax.patches if box.get_gid() == "words")
     assert hatched[1].get_width() == pytest.approx(whole.get_width() / 3)
+
+
+def test_ribbon_finds_padding_where_nobody_may_look(seen):
+    mask = segment_mask(SMALL)[0]
+    assert seen_tokens(mask).all()
+    mask[:, 1:3] = False
+    assert seen_tokens(mask).tolist() == [True, False, False, *[True] * 5]
+    (ax,) = plot_tokens(SMALL, mask=mask).axes
+    assert ax.get_title(loc="left") == "2 of 8 tokens are padding"
+    assert "words · 1 of 3" in [t.get_text() for t in ax.texts]
+    (hatched,) = [box for box in ax.patches if box.get_hatch()]
+    whole = next(box for box in ax.patches if box.get_gid() == "words")
+    assert hatched.get_width() == pytest.approx(whole.get_width() * 2 / 3)
+    (ax,) = seen.trace.plot_tokens(mask=seen.trace.mask).axes
+    assert not [box for box in ax.patches if box.get_hatch()]
+    (ax,) = seen.trace.plot_tokens(valid=torch.arange(139) < 135).axes
+    assert ax.get_title(loc="left") == "4 of 139 tokens are padding"
 
 
 def test_ribbon_on_axes_of_ones_own_and_with_a_title():

@@ -10,7 +10,8 @@ from matplotlib.colors import to_rgba
 
 from minivla.data.normalize import normalize
 from minivla.data.windows import window_indices
-from minivla.viz import palette, plot_loss, plot_normalisation, plot_windows
+from minivla.training.evaluation import Evaluation, wilson
+from minivla.viz import palette, plot_loss, plot_normalisation, plot_success, plot_windows
 from minivla.viz.training import smoothed
 
 LOG = [{"step": 10 * i, "loss": 2.0 / i, "lr": 1e-4} for i in range(1, 101)]
@@ -68,6 +69,37 @@ def test_loss_errors(tmp_path):
     broken.write_text('{"step": 1')
     with pytest.raises(ValueError, match="is not JSON lines"):
         plot_loss(broken)
+
+
+def evaluation(successes, episodes=100):
+    return Evaluation(successes / episodes, *wilson(successes, episodes), episodes, 0.0)
+
+
+def test_success_is_a_dot_with_wilsons_range():
+    results = {"reach": evaluation(92), "again": evaluation(61), "none": evaluation(0, 40)}
+    figure = plot_success(results)
+    (ax,) = figure.axes
+    (dots,) = (line for line in ax.lines if line.get_gid() == "success")
+    assert np.allclose(dots.get_xydata(), [[0.92, 0], [0.61, 1], [0, 2]])
+    (ranges,) = (c for c in ax.collections if c.get_gid() == "interval")
+    ends = [(path[0, 0], path[1, 0]) for path in ranges.get_segments()]
+    assert np.allclose(ends, [(r.low, r.high) for r in results.values()])
+    assert [t.get_text() for t in ax.texts] == ["92 % of 100", "61 % of 100", "0 % of 40"]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["reach", "again", "none"]
+    assert ax.get_ylim()[0] > ax.get_ylim()[1]  # from the top down
+    assert figure.get_suptitle() == "reach succeeds in 92 % of 100 episodes, more than the rest"
+    assert figure.get_size_inches()[0] == 6.5
+
+
+def test_success_titles_do_not_claim_what_chance_explains():
+    close = {"a": evaluation(61), "b": evaluation(55), "c": evaluation(2)}
+    assert plot_success(close).get_suptitle() == "a succeeds in 61 % of 100 episodes; b may be as good"
+    assert plot_success({"a": evaluation(61)}).get_suptitle() == "a succeeds in 61 % of 100 episodes"
+    figure, ax = plt.subplots(figsize=(6, 2))
+    assert plot_success(close, ax=ax, title="mine") is figure
+    assert ax.get_title(loc="left") == "mine"
+    with pytest.raises(ValueError, match=r"no results to draw; expected \{name"):
+        plot_success({})
 
 
 def counts(ax):

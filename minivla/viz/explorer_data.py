@@ -1,0 +1,387 @@
+"""What the explorer embeds: a recorded call as plain data, small enough for a page.
+
+Attention is kept in one byte a weight: the square root of the weight, as a share of its row's largest, in 255
+steps. Softmax rows add up to 1, so no scale is stored: a reader squares the bytes and divides by their sum.
+The root keeps small weights apart (the smallest that is not zero is 1/260,000 of the row's largest), which a
+row of a thousand tokens needs: most of its sum may lie in weights a hundredth of the largest.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from minivla.recorder import Call
+from minivla.segments import Segment, arrange
+from minivla.viz.layout import check_segments
+from minivla.viz.masks import check_mask
+from minivla.viz.pictures import as_array, as_picture
+
+Robot = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of a call is embedded.
+
+    heads     every head, or only the mean of each layer's
+    layers    how many layers of each kind ("encoder.*"), evenly spaced; None for all
+    patches   image patches as queries too; without them they are still looked at
+    side      the longer side of a camera picture, in pixels, at most
+    """
+
+    heads: bool = True
+    layers: int | None = None
+    patches: bool = True
+    side: int = 256
+
+
+PLANS = (
+    Plan(),
+    *(Plan(heads=False, layers=layers) for layers in (None, 6, 3, 1)),
+    Plan(patches=False),
+    *(Plan(heads=False, layers=layers, patches=False) for layers in (None, 6, 3, 1)),
+    *(Plan(heads=False, layers=1, patches=False, side=side) for side in (112, 56)),
+)
+"""From everything to the least that is still worth a page; the first that fits is taken."""
+
+
+@dataclass
+class Stretch:
+    """A sequence of tokens, who may look at whom in it, and where the tokens of its attention sites stand.
+
+    mask (L, L) bool;  sites by name: positions of the site's queries and of its keys in this sequence.
+    """
+
+    name: str
+    segments: list[Segment]
+    mask: np.ndarray
+    sites: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+
+
+def stretches(call: Call, sample: int) -> list[Stretch]:
+    """The main sequence of a call first, then the ones that sites outside of it have (ACT's VAE encoder).
+
+    Raises ValueError when the call describes no sequence, or when masks and attention do not fit theirs.
+    """
+    if not call.segments or call.mask is None:
+        raise ValueError(
+            f"this call of {call.method} describes no token sequence (segments: {len(call.segments)}, "
+            f"mask: {'none' if call.mask is None else 'there'}); explore a call of a policy that does"
+        )
+    segments, mask = check_segments(call.segments), check_mask(call.mask)
+    length = segments[-1].stop
+    if mask.shape != (length, length):
+        told = ", ".join(f"{s.name} {s.length}" for s in segments)
+        raise ValueError(
+            f"the mask has shape {mask.shape}, the segments ({told}) add up to {length}; "
+            f"expected a mask of {length} × {length}"
+        )
+    main = Stretch("main sequence", segments, mask.copy())
+    found = [main]
+    for site in call.sites:
+        queries, keys = _check_site(call, site)
+        at = places(queries, segments), places(keys, segments)
+        if at[0] is None or at[1] is None:
+            own = _other(found, site, queries, keys)
+            at = places(queries, own.segments), places(keys, own.segments)
+        else:
+            own = main
+        assert at[0] is not None and at[1] is not None
+        own.sites[site] = at[0], at[1]
+    _open_masks(call, sample, found)
+    return found
+
+
+def _open_masks(call: Call, sample: int, found: Sequence[Stretch]) -> None:
+    """Side sequences, and the main one of later samples, are open where one of their sites is.
+
+    The mask that a policy describes is sample 0's; padding may differ in others.
+    """
+    for i, stretch in enumerate(found):
+        if i == 0 and sample == 0:
+            continue
+        seen = {site: as_array(call.masks[site][sample]) for site in stretch.sites if site in call.masks}
+        for told, seen_at in ((False, seen), (True, seen)):
+            for site, mask in seen_at.items():
+                queries, keys = stretch.sites[site]
+                asked = mask.any(axis=1)  # with a key/value cache, some rows may never have been computed
+                place = np.ix_(queries[asked], keys)
+                stretch.mask[place] = (stretch.mask[place] | mask[asked]) if told else False
+
+
+def _other(found: list[Stretch], site: str, queries: Sequence[Segment], keys: Sequence[Segment]) -> Stretch:
+    """The side sequence a site belongs to: its keys, then its queries where they are other tokens."""
+    own = [*keys, *(s for s in queries if places([s], keys) is None)]
+    for stretch in found[1:]:
+        if [_kin(s) for s in stretch.segments] == [_kin(s) for s in own]:
+            return stretch
+    segments = arrange(own)
+    length = segments[-1].stop
+    found.append(Stretch(site.split(".")[0], segments, np.zeros((length, length), bool)))
+    return found[-1]
+
+
+def _kin(segment: Segment) -> tuple[str, str, int]:
+    return segment.name, segment.kind, segment.length
+
+
+def places(segments: Sequence[Segment], sequence: Sequence[Segment]) -> np.ndarray | None:
+    """Where the tokens of `segments` stand in `sequence`; None when one of the segments is not in it."""
+    free, found = list(sequence), []
+    for s in segments:
+        same = next((other for other in free if _kin(other) == _kin(s)), None)
+        if same is None:
+            return None
+        free.remove(same)
+        found.append(np.arange(same.start, same.stop))
+    return np.concatenate(found)
+
+
+def _check_site(call: Call, site: str) -> tuple[list[Segment], list[Segment]]:
+    """A site's query and key segments, once its mask and its attention are known to fit them."""
+    queries, keys = (
+        check_segments(segments, None, f"{site} {what} ")
+        for segments, what in zip(call.sites[site], ("query", "key"), strict=True)
+    )
+    expected = queries[-1].stop, keys[-1].stop
+    for what, kept in (("mask", call.masks), ("attention", call.attention)):
+        if site in kept and tuple(kept[site].shape[-2:]) != expected:
+            raise ValueError(
+                f"the {what} of site {site!r} has shape {tuple(kept[site].shape)}; its segments add up to "
+                f"{expected[0]} queries and {expected[1]} keys"
+            )
+    return queries, keys
+
+
+def check_sample(call: Call, sample: int) -> None:
+    """Raises ValueError when the call holds no such sample."""
+    kept = [*call.masks.values(), *call.attention.values(), *([] if call.chunk is None else [call.chunk])]
+    sizes = {len(value) for value in kept} | ({call.flow.x.shape[1]} if call.flow else set())
+    size = min(sizes, default=1)
+    if not 0 <= sample < size:
+        raise ValueError(f"sample is {sample}; this call holds {size}: expected 0 to {size - 1}")
+
+
+def payload(
+    call: Call, found: Sequence[Stretch], plan: Plan, *, sample: int, robot: Robot | None, names: Any
+) -> dict[str, Any]:
+    """All that the page shows, as JSON holds it."""
+    kept = kept_sites(found, call, plan)
+    return {
+        "method": call.method,
+        "task": _task(call.batch, sample),
+        "sequences": [_sequence(stretch, kept, call, plan, sample) for stretch in found],
+        "images": _images(call.batch, found, sample, plan.side),
+        "chunk": chunk_steps(call, sample=sample, robot=robot, names=names),
+    }
+
+
+def kept_sites(found: Sequence[Stretch], call: Call, plan: Plan) -> list[str]:
+    """Sites whose attention is embedded: all, or `plan.layers` of each kind, evenly spaced."""
+    kinds: dict[str, list[str]] = {}
+    for site in (site for stretch in found for site in stretch.sites if site in call.attention):
+        kinds.setdefault(re.sub(r"\d+", "*", site), []).append(site)
+    kept: list[str] = []
+    for sites in kinds.values():
+        most = len(sites) if plan.layers is None else min(plan.layers, len(sites))
+        kept += [
+            sites[i] for i in np.unique(np.linspace(len(sites) - 1, 0, most).round().astype(int)).tolist()
+        ]
+    return kept
+
+
+def embedded_bytes(found: Sequence[Stretch], call: Call, plan: Plan) -> int:
+    """How long the attention of a plan is in base64, without making it."""
+    total = 0
+    for site in kept_sites(found, call, plan):
+        stretch = next(s for s in found if site in s.sites)
+        heads = call.attention[site].shape[1] if plan.heads else 1
+        queries, keys = stretch.sites[site]
+        total += heads * int(_kept_rows(stretch, queries, plan).sum()) * len(keys)
+    return total * 4 // 3
+
+
+def left_out(found: Sequence[Stretch], call: Call, plan: Plan) -> list[str]:
+    """What a plan leaves out of this call, one sentence each, for the page to say."""
+    said = []
+    sites = kept_sites(found, call, Plan())
+    kept = kept_sites(found, call, plan)
+    if not plan.heads and any(call.attention[site].shape[1] > 1 for site in kept):
+        said.append("Heads: only the mean of each layer's heads is here.")
+    if len(kept) < len(sites):
+        said.append(f"Layers: {len(kept)} of {len(sites)} are here ({', '.join(kept)}).")
+    grids = any(s.grid for stretch in found for s in stretch.segments)
+    if not plan.patches and grids and sites:
+        said.append("Image patches: who looks at them is here, what they look at is not.")
+    if plan.side < PLANS[0].side and _images(call.batch, found, 0, 1):
+        said.append(f"Pictures: at most {plan.side} pixels wide.")
+    return said
+
+
+def _kept_rows(stretch: Stretch, queries: np.ndarray, plan: Plan) -> np.ndarray:
+    """Which queries of a site keep their row."""
+    patch = np.concatenate([np.full(s.length, s.grid is not None) for s in stretch.segments])
+    return np.ones(len(queries), bool) if plan.patches else ~patch[queries]
+
+
+def _sequence(stretch: Stretch, kept: Sequence[str], call: Call, plan: Plan, sample: int) -> dict[str, Any]:
+    rows, which = np.unique(stretch.mask, axis=0, return_inverse=True)
+    sites = []
+    for site in (site for site in stretch.sites if site in kept):
+        queries, keys = stretch.sites[site]
+        rows_kept = _kept_rows(stretch, queries, plan)
+        weights = _array(call.attention[site][sample])[:, rows_kept]
+        heads = weights.shape[0]
+        if rows_kept.any():
+            weights = weights if plan.heads else weights.mean(axis=0, keepdims=True)
+            sites.append(
+                {
+                    "name": site,
+                    "heads": heads,
+                    "kept": len(weights),
+                    "queries": _ranges(queries[rows_kept]),
+                    "keys": _ranges(keys),
+                    "weights": _text(quantise(weights, site)),
+                }
+            )
+    return {
+        "name": stretch.name,
+        "segments": [
+            {"name": s.name, "kind": s.kind, "length": s.length, "grid": s.grid, "image": s.image}
+            for s in stretch.segments
+        ],
+        "mask": {"rows": which.ravel().tolist(), "bits": _text(np.packbits(rows, axis=1))},
+        "sites": sites,
+    }
+
+
+def quantise(weights: np.ndarray, site: str = "") -> np.ndarray:
+    """Softmax rows (…, K) as uint8: 255 · √(weight / the row's largest). A row that sees nothing becomes 0.
+
+    Raises ValueError for rows that do not add up to 1.
+    """
+    weights = np.nan_to_num(weights.astype(np.float64))
+    total = weights.sum(axis=-1)
+    if not np.all((total == 0) | (np.abs(total - 1) < 1e-2)):
+        raise ValueError(
+            f"attention rows of site {site!r} add up to {total.min():.3g} to {total.max():.3g}; "
+            "expected softmax rows, which add up to 1"
+        )
+    largest = np.maximum(weights.max(axis=-1, keepdims=True), 1e-300)
+    return np.rint(255 * np.sqrt(weights / largest)).astype(np.uint8)
+
+
+def weights_of(quantised: np.ndarray) -> np.ndarray:
+    """What a reader makes of `quantise`: rows (…, K) that add up to 1, or to 0 where nothing is seen."""
+    squares = quantised.astype(np.float64) ** 2
+    return squares / np.maximum(squares.sum(axis=-1, keepdims=True), 1)
+
+
+def chunk_steps(call: Call, *, sample: int, robot: Robot | None, names: Any) -> dict[str, Any] | None:
+    """The chunk at every step of the sampler, (steps, H, A) in normalised and in robot units; None without
+    one.
+
+    A sampler that runs on more dimensions than the chunk has (π pads its actions) is cut to the chunk's.
+    """
+    times = None
+    if call.flow is not None:
+        across = call.flow.x.shape[-1] if call.chunk is None else call.chunk.shape[-1]
+        moving, times = call.flow.x[:, sample, :, :across], [_rounded(t) for t in _array(call.flow.times)]
+        if len(times) != len(moving):
+            raise ValueError(
+                f"the flow has {len(times)} times and {len(moving)} points; expected as many (N + 1)"
+            )
+    elif call.chunk is not None:
+        moving = call.chunk[sample : sample + 1]
+    else:
+        return None
+    size = moving.shape[-1]
+    if names is not None and len(names) != size:
+        raise ValueError(
+            f"names has {len(names)} entries ({', '.join(map(str, names))}), the chunk {size} dimensions; "
+            "give one for each"
+        )
+    units = {"normalised": _array(moving)}
+    if robot is not None:
+        units["robot"] = np.stack([_array(robot(step[None]))[0] for step in moving])
+        if units["robot"].shape != tuple(moving.shape):
+            raise ValueError(
+                f"robot turned a chunk of shape {tuple(moving.shape[1:])} into {units['robot'].shape[1:]}; "
+                "expected the same shape, as policy.postprocess gives"
+            )
+    return {
+        "names": [str(name) for name in names] if names is not None else [f"action {i}" for i in range(size)],
+        "times": times,
+        "units": {unit: [[[_rounded(v) for v in a] for a in s] for s in x] for unit, x in units.items()},
+    }
+
+
+def _images(
+    batch: Mapping[str, Any], found: Sequence[Stretch], sample: int, side: int
+) -> dict[str, dict[str, Any]]:
+    """The pictures that segments with a grid are patches of, newest of a history, stretched for display."""
+    wanted = {s.image for stretch in found for s in stretch.segments if s.grid and s.image in batch}
+    images = {}
+    for key in sorted(key for key in wanted if key):
+        stack = batch[key]
+        picture = as_picture(stack[sample, -1] if stack.ndim == 5 else stack[sample], rescale=True)
+        image = Image.fromarray(np.round(picture * 255).astype(np.uint8))
+        small = min(1.0, side / max(image.size))
+        if small < 1:
+            image = image.resize(
+                (max(1, round(image.width * small)), max(1, round(image.height * small))),
+                Image.Resampling.LANCZOS,
+            )
+        images[key] = {"width": image.width, "height": image.height, "source": _shortest(image)}
+    return images
+
+
+def _shortest(image: Image.Image) -> str:
+    """A data address of the picture: PNG, or JPEG where that is much shorter."""
+    png, jpeg = io.BytesIO(), io.BytesIO()
+    image.save(png, "PNG", optimize=True)
+    image.save(jpeg, "JPEG", quality=85, optimize=True)
+    kind, data = (
+        ("png", png.getvalue())
+        if len(png.getvalue()) < max(12_000, 1.5 * len(jpeg.getvalue()))
+        else ("jpeg", jpeg.getvalue())
+    )
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def _task(batch: Mapping[str, Any], sample: int) -> str | None:
+    """The instruction of one sample, if the batch holds one in words."""
+    task = batch.get("task")
+    if isinstance(task, str):
+        return task
+    found = task[sample] if isinstance(task, (list, tuple)) and sample < len(task) else None
+    return found if isinstance(found, str) else None
+
+
+def _ranges(positions: np.ndarray) -> list[list[int]]:
+    """Positions as [start, length] of their unbroken runs."""
+    breaks = np.flatnonzero(np.diff(positions) != 1) + 1
+    return [[int(run[0]), len(run)] for run in np.split(positions, breaks) if len(run)]
+
+
+def _text(array: np.ndarray) -> str:
+    return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode("ascii")
+
+
+def _array(value: Any) -> np.ndarray:
+    return as_array(value.float() if isinstance(value, Tensor) else value)
+
+
+def _rounded(value: Any) -> float | None:
+    """Four significant digits; None for what JSON cannot hold."""
+    return float(f"{float(value):.4g}") if math.isfinite(value) else None
