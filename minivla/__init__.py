@@ -13,6 +13,7 @@ import torch as torch  # the one heavy import, made here so that its cost is whe
 if TYPE_CHECKING:
     from minivla.checkpoints import list_checkpoints, load
     from minivla.policies.base import Policy
+    from minivla.preflight import doctor
     from minivla.proof import prove_masks
     from minivla.tracing import trace
     from minivla.training import evaluate, train
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Policy",
     "__version__",
+    "doctor",
     "evaluate",
     "list_checkpoints",
     "load",
@@ -31,6 +33,7 @@ __all__ = [
 
 _HOME = {
     "Policy": "minivla.policies.base",
+    "doctor": "minivla.preflight",
     "evaluate": "minivla.training",
     "list_checkpoints": "minivla.checkpoints",
     "load": "minivla.checkpoints",

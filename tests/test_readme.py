@@ -10,18 +10,22 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-EXAMPLE = re.findall(r"```python\n(.*?)```", README, re.S)[0]
+EXAMPLE, LOOKING = re.findall(r"```python\n(.*?)```", README, re.S)[:2]
 
 
-def test_the_example_is_short_and_runs(tmp_path):
+def test_the_examples_are_short_and_run(tmp_path):
+    """The second goes on where the first ends."""
     statements = [line for line in EXAMPLE.splitlines() if line.strip() and not line.startswith("import")]
     assert len(statements) <= 10
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-W", "error::DeprecationWarning:minivla", "-c", EXAMPLE]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
+    command = [sys.executable, "-W", "error::DeprecationWarning:minivla", "-c", EXAMPLE + LOOKING]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().endswith(" done"), done.stdout
-    assert not done.stdout.strip().endswith("not done"), "choose a seed that the shipped policy solves"
+    first, *rest = done.stdout.splitlines()
+    assert first.endswith(" done"), first
+    assert not first.endswith("not done"), "choose a seed that the shipped policy solves"
+    assert "closed places, largest gradient 0;" in rest[0]
+    assert "minivla.doctor on ACT: 0 errors, 0 warnings" in done.stdout
 
 
 def test_it_says_early_that_it_is_not_stanfords():

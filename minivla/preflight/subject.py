@@ -1,0 +1,293 @@
+"""What is examined: policy, raw batch, dataset and environment, each read once, and nothing of it changed.
+
+The raw batch is mended where a fault is plain (`mended`), so that the checks after it see a good batch and do
+not report the same fault over and over; what was mended is kept as `faults`.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minivla.data.features import ACTION, OBS_LANGUAGE, FeatureType, NormalizationMode, PolicyFeature
+from minivla.data.raw import to_batch
+from minivla.policies.base import Policy
+from minivla.preflight import running
+from minivla.preflight.alternatives import another_text, noise, other_texts
+from minivla.preflight.names import match_inputs
+from minivla.preflight.pictures import examine
+from minivla.preflight.recordings import Recordings
+from minivla.preflight.report import Finding, NotRun
+from minivla.preflight.scaling import Scaling, features_from, modes_from, rename_map_of, scaling_of
+from minivla.preflight.vectors import examine_action, examine_task, examine_vector
+
+FEW = 8  # samples that the probes look at
+OTHERS = 2  # observations that are put in place of each sample
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Everything the checks look at.
+
+    policy         ours or LeRobot's; checks work on a `twin`
+    raw            the batch as it was given
+    recordings     the dataset, or None
+    env            a gymnasium environment, or None
+    preprocessor, postprocessor   the policy's pipelines, or None
+    measurements   {name: value}, filled by the checks
+    """
+
+    policy: Any
+    raw: Mapping[str, Any]
+    recordings: Recordings | None = None
+    env: Any = None
+    preprocessor: Any = None
+    postprocessor: Any = None
+    measurements: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def config(self) -> Any:
+        """The policy's."""
+        return self.policy.config
+
+    @cached_property
+    def inputs(self) -> dict[str, PolicyFeature]:
+        """What the policy takes in, by batch key."""
+        return features_from(self.config.input_features)
+
+    @cached_property
+    def outputs(self) -> dict[str, PolicyFeature]:
+        """What it gives out."""
+        return features_from(self.config.output_features)
+
+    @property
+    def has_processors(self) -> bool:
+        """Whether statistics can be looked for: our policies carry theirs, LeRobot's are given beside."""
+        return isinstance(self.policy, Policy) or self.preprocessor is not None
+
+    @property
+    def cameras(self) -> list[str]:
+        """The policy's cameras, in its order."""
+        return [key for key, feature in self.inputs.items() if feature.type == FeatureType.VISUAL]
+
+    @cached_property
+    def modes(self) -> dict[str, NormalizationMode]:
+        """How the config wants each feature normalised."""
+        features = {**self.inputs, **self.outputs}
+        return modes_from(features, self.config.normalization_mapping)
+
+    @cached_property
+    def scaling(self) -> Scaling | None:
+        """How the preprocessor normalises; None without one."""
+        return scaling_of(self.preprocessor)
+
+    @cached_property
+    def back(self) -> Scaling | None:
+        """How the postprocessor gets back to robot units; None without one."""
+        return scaling_of(self.postprocessor)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the policy follows an instruction."""
+        steps = getattr(self.preprocessor, "steps", ())
+        tokens = any(hasattr(step, "tokenizer_name") or hasattr(step, "tokenizer") for step in steps)
+        named = any(key.startswith(OBS_LANGUAGE) for key in self.inputs)
+        return bool(getattr(self.config, "vocabulary", ())) or tokens or named
+
+    def names(self, key: str) -> list[str]:
+        """A name for each dimension of a vector, from the dataset or the environment, else its number."""
+        size = {**self.inputs, **self.outputs}[key].shape[-1]
+        if self.recordings is not None:
+            return self.recordings.names(key, size)
+        spec = getattr(getattr(self.env, "unwrapped", None), "action_spec", None)
+        if key == ACTION and spec is not None and len(spec.names) == size:
+            return list(spec.names)
+        return [str(index) for index in range(size)]
+
+    def dimension(self, key: str, index: int) -> str:
+        """One dimension for people: "action[2] (grip)"; a picture's are its channels."""
+        names = self.names(key) if key not in self.cameras else ["red", "green", "blue"]
+        name = names[index] if index < len(names) else str(index)
+        return f"{key}[{index}]" + ("" if name == str(index) else f" ({name})")
+
+    @cached_property
+    def _matched(self) -> tuple[list[Finding], dict[str, str]]:
+        """What is wrong with the names, and {the policy's name: the batch's}."""
+        return match_inputs(self.raw, self.inputs, rename_map_of(self.preprocessor))
+
+    @cached_property
+    def _examined(self) -> tuple[dict[str, Any], list[Finding]]:
+        """The mended raw batch, and the faults that were mended on the way."""
+        rename = rename_map_of(self.preprocessor)
+        faults, places = list(self._matched[0]), self._matched[1]
+        mended = {key: value for key, value in self.raw.items() if rename.get(key, key) not in self.inputs}
+        for key, place in places.items():
+            feature, name = self.inputs[key], place if rename.get(place, place) == key else key
+            look = examine if feature.type == FeatureType.VISUAL else examine_vector
+            seen = look(key, self.raw[place], feature, self.scaling)
+            faults += seen.findings
+            mended.pop(place, None)
+            mended[name] = seen.value
+        faults += examine_action(mended, self.outputs, self.config, self.scaling)
+        faults += examine_task(mended, self)
+        return mended, faults
+
+    @property
+    def faults(self) -> list[Finding]:
+        """What was found while reading the raw batch."""
+        return self._examined[1]
+
+    def mended(self, key: str) -> Tensor | None:
+        """A raw input by the policy's name for it, whole and in robot units; pictures (..., 3, H, W)."""
+        table, rename = self._examined[0], rename_map_of(self.preprocessor)
+        return next((value for name, value in table.items() if rename.get(name, name) == key), None)
+
+    def named(self, key: str) -> str:
+        """The policy's name for a key of the batch."""
+        return rename_map_of(self.preprocessor).get(key, key)
+
+    def few(self, raw: Mapping[str, Any], limit: int = FEW) -> dict[str, Any]:
+        """A raw batch checked and batched, the first samples of it. Raises as `minivla.data.to_batch`."""
+        history = None if self.config.observation_delta_indices is None else self.config.n_obs_steps
+        rename = rename_map_of(self.preprocessor)
+        batch = to_batch(raw, self.inputs, n_obs_steps=history, rename=rename)
+        few = {key: value[:limit] if _has_samples(value) else value for key, value in batch.items()}
+        if self.reads_text and "task" not in few:  # `examine_task` has said so
+            few["task"] = [another_text(self.config, "", 0)] * _size(few)
+        return few
+
+    @cached_property
+    def observation(self) -> dict[str, Any]:
+        """The mended batch's first samples, batched, in robot units. NotRun when it cannot be had."""
+        absent = [key for key in self.inputs if self.mended(key) is None]
+        if absent:
+            raise NotRun(f"the batch has no usable {', '.join(absent)}")
+        try:
+            return self.few(self._examined[0])
+        except (KeyError, ValueError, TypeError) as error:
+            raise NotRun(f"the batch could not be read: {_first_line(error)}") from error
+
+    @cached_property
+    def batch(self) -> dict[str, Any]:
+        """The same, as the network sees it. NotRun when the statistics or steps do not allow it."""
+        return self.prepare(self.observation)
+
+    def prepare(self, observation: Mapping[str, Any]) -> dict[str, Any]:
+        """Observations (from `few`) to the normalised batch, on the policy's device."""
+        if self.preprocessor is None:
+            raise NotRun("the policy's preprocessor")
+        try:
+            own = isinstance(self.policy, Policy) and self.preprocessor is self.policy.preprocessor
+            batch = self.policy.preprocess(observation) if own else self.preprocessor(dict(observation))
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise NotRun(f"the preprocessor refuses the batch: {_first_line(error)}") from error
+        placed = {key: self._placed(value) for key, value in batch.items()}
+        broken = [key for key in self.inputs if not _finite(placed.get(key))]
+        if broken:
+            raise NotRun(f"the preprocessor makes NaN or inf of {', '.join(broken)}")
+        return placed
+
+    def _placed(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        example = next(self.policy.parameters())
+        return value.to(example.device, example.dtype if value.is_floating_point() else value.dtype)
+
+    @cached_property
+    def training_batch(self) -> dict[str, Any]:
+        """The normalised batch with a chunk of actions, of which the last third is marked as padding.
+
+        The actions are the batch's, or, where it has none, random: what is probed with them holds for any.
+        """
+        size, horizon = (
+            len(next(self.batch[key] for key in self.inputs)),
+            len(self.config.action_delta_indices),
+        )
+        shape = (size, horizon, *self.outputs[ACTION].shape)
+        action = self.batch.get(ACTION)
+        if action is None or tuple(action.shape) != shape or not _finite(action):
+            action = self._placed(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+        is_pad = torch.arange(horizon, device=action.device) >= max(1, horizon - max(1, horizon // 3))
+        return {**self.batch, ACTION: action, "action_is_pad": is_pad.expand(size, horizon).clone()}
+
+    def twin(self, *, weights: bool = False) -> Any:
+        """A copy of the policy to work on. The weights' memory is shared unless `weights`; buffers, modes,
+        queues and whatever else it keeps are the twin's own.
+        """
+        # Parameters of its own on the same memory, so that flags and gradients stay apart.
+        shared = {} if weights else {id(p): _view(p) for p in self.policy.parameters()}
+        unchanged = (
+            getattr(self.policy, name, None) for name in ("preprocessor", "postprocessor", "receipt")
+        )
+        return copy.deepcopy(self.policy, {**shared, **{id(part): part for part in unchanged}})
+
+    @cached_property
+    def patient(self) -> Any:
+        """The twin that predicts chunks; no check does more to it."""
+        return self.twin()
+
+    @cached_property
+    def baseline(self) -> tuple[Tensor, list[dict[str, Any]], float]:
+        """The chunk (B, H, A) of the batch, other prepared observations in its place, and how much the chunks
+        of all of them vary.
+        """
+        plain = running.chunk(self.patient, self.batch)
+        others = [{**self.batch, **self.prepare(other)} for other in self.others]
+        chunks = [plain, *(running.chunk(self.patient, other) for other in others)]
+        return plain, others, running.spread(torch.cat(chunks))
+
+    @cached_property
+    def others(self) -> list[dict[str, Any]]:
+        """More observations, batched, in robot units, of the batch's size: what the policy could have
+        seen instead. From the dataset, else noise.
+        """
+        size = _size(self.observation)
+        if self.recordings is not None:
+            rows = self.recordings.spread_rows(OTHERS * size)
+            rows = list(itertools.islice(itertools.cycle(rows), OTHERS * size))
+            others = [self.recorded(rows[i::OTHERS][::-1]) for i in range(OTHERS)]
+        else:
+            others = [noise(self, seed) for seed in range(OTHERS)]
+        return [{**other, "task": other_texts(self, other, seed)} for seed, other in enumerate(others)]
+
+    def recorded(self, rows: Sequence[int], limit: int = FEW) -> dict[str, Any]:
+        """Some frames of the dataset, batched, in robot units. NotRun without one, or where it does not have
+        what the policy wants.
+        """
+        if self.recordings is None:
+            raise NotRun("dataset")
+        raw, rename = self.recordings.items(rows, self.config), rename_map_of(self.preprocessor)
+        renamed = {place: key for key, place in self._matched[1].items() if rename.get(place, place) != key}
+        keys = {*self.inputs, ACTION, "action_is_pad", "task"}
+        raw = {renamed.get(key, key): value for key, value in raw.items()}
+        try:
+            return self.few({key: value for key, value in raw.items() if rename.get(key, key) in keys}, limit)
+        except (KeyError, ValueError, TypeError) as error:
+            raise NotRun(f"a dataset with the policy's inputs ({_first_line(error)})") from error
+
+
+def _view(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+
+
+def _size(batch: Mapping[str, Any]) -> int:
+    return next(len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim)
+
+
+def _has_samples(value: Any) -> bool:
+    return isinstance(value, list) or (isinstance(value, Tensor) and value.ndim > 0)
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, Tensor) and bool(value.isfinite().all())
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,140 @@
+"""Each check of chapter 3 accepts the solution, rejects plausible mistakes and knows a starter."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from minivla.exercises import chapter03
+
+CHAPTER = Path(__file__).parents[2] / "notebooks" / "03_looking_inside.ipynb"
+
+
+def entropy(attention):
+    return -torch.special.xlogy(attention, attention).sum(-1).mean(-1) / torch.log(torch.tensor(2.0))
+
+
+def reaches(mask, layers):
+    step = (mask | torch.eye(len(mask), dtype=torch.bool)).float()
+    return torch.linalg.matrix_power(step, layers) > 0
+
+
+def diagnose(shares, chunk):
+    if chunk.abs().max() > 1.5:
+        return "statistics"
+    return "cameras" if shares["wrist"] < 0.25 else "nothing"
+
+
+def starter(*arguments):
+    raise NotImplementedError
+
+
+CHECKS = [
+    (chapter03.check_entropy, entropy),
+    (chapter03.check_reaches, reaches),
+    (chapter03.check_diagnose, diagnose),
+]
+names = [check.__name__ for check, _ in CHECKS]
+
+
+@pytest.mark.parametrize(("check", "solution"), CHECKS, ids=names)
+def test_accepts_the_solution(check, solution, capsys):
+    check(solution)
+    assert capsys.readouterr().out == "correct\n"
+
+
+@pytest.mark.parametrize("check", [check for check, _ in CHECKS], ids=names)
+def test_knows_a_starter(check, capsys):
+    check(starter)
+    assert capsys.readouterr().out == "not attempted yet\n"
+
+
+def without_the_zeros(attention):
+    return -(attention * attention.log2()).sum(-1).mean(-1)
+
+
+def in_nats(attention):
+    return -torch.special.xlogy(attention, attention).sum(-1).mean(-1)
+
+
+def of_the_mean_query(attention):
+    return entropy(attention.mean(1, keepdim=True))
+
+
+def one_number(attention):
+    return entropy(attention).mean()
+
+
+def without_the_residual(mask, layers):
+    return torch.linalg.matrix_power(mask.float(), layers) > 0
+
+
+def one_layer_only(mask, layers):
+    return mask | torch.eye(len(mask), dtype=torch.bool)
+
+
+def the_wrong_way_round(mask, layers):
+    return reaches(mask, layers).T
+
+
+def in_place(mask, layers):
+    mask |= torch.eye(len(mask), dtype=torch.bool)
+    return torch.linalg.matrix_power(mask.float(), layers) > 0
+
+
+def beyond_the_bound(shares, chunk):
+    return "statistics" if chunk.abs().max() > 1 else diagnose(shares, chunk)
+
+
+def upwards_only(shares, chunk):
+    return "statistics" if chunk.max() > 1.5 else diagnose(shares, chunk * 0)
+
+
+def cameras_alone(shares, chunk):
+    return diagnose(shares, chunk * 0)
+
+
+def statistics_alone(shares, chunk):
+    return diagnose({"wrist": 0.44}, chunk)
+
+
+MISTAKES = [
+    (chapter03.check_entropy, without_the_zeros, "looks at one token: nan bits"),
+    (chapter03.check_entropy, in_nats, "expected 1.000"),
+    (chapter03.check_entropy, of_the_mean_query, "looks at one token: 2.000 bits"),
+    (chapter03.check_entropy, one_number, "expected (5,)"),
+    (chapter03.check_reaches, without_the_residual, "1 layers: token 0 reaches token 0"),
+    (chapter03.check_reaches, one_layer_only, "0 layers: token 1 does not reach token 0"),
+    (chapter03.check_reaches, the_wrong_way_round, "token 1 reaches token 0"),
+    (chapter03.check_reaches, in_place, "in place"),
+    (chapter03.check_diagnose, beyond_the_bound, "beyond the bound: you say 'statistics'"),
+    (chapter03.check_diagnose, upwards_only, "dy around -2"),
+    (chapter03.check_diagnose, cameras_alone, "dy around 2"),
+    (chapter03.check_diagnose, statistics_alone, "wrist 12 %"),
+]
+
+
+@pytest.mark.parametrize(
+    ("check", "mistake", "says"), MISTAKES, ids=[mistake.__name__ for _, mistake, _ in MISTAKES]
+)
+def test_rejects_a_plausible_mistake(check, mistake, says, capsys):
+    check(mistake)
+    said = capsys.readouterr().out
+    assert said.startswith("not yet: ")
+    assert said.count("\n") == 1
+    assert says in said
+
+
+def test_the_notebook_shows_a_starter_and_a_solution_for_each_check():
+    cells = json.loads(CHAPTER.read_text(encoding="utf-8"))["cells"]
+    for check, _ in CHECKS:
+        for tag, first in (("exercise", "not attempted yet\n"), ("solution", "correct\n")):
+            found = [
+                "".join(cell["outputs"][0]["text"])
+                for cell in cells
+                if tag in cell["metadata"].get("tags", [])
+                and f"chapter03.{check.__name__}(" in "".join(cell["source"])
+            ]
+            assert len(found) == 1
+            assert found[0].startswith(first)

@@ -1,0 +1,161 @@
+"""LeRobot's own ACTPolicy under examination, with its own processors."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, default_collate
+
+import minivla
+from minivla.data.windows import delta_timestamps
+from minivla.preflight import doctor
+from minivla.world import demonstrations, record
+from tests.parity import redraw
+from tests.preflight.patients import STATE, TABLE, WRIST
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return demonstrations("pick_place", 5, 2)
+
+
+@pytest.fixture(scope="module")
+def theirs(dataset):
+    """(policy, preprocessor, postprocessor); LeRobot is imported here, which takes its time."""
+    from lerobot.configs import FeatureType, PolicyFeature
+    from lerobot.policies.act.configuration_act import ACTConfig
+    from lerobot.policies.act.modeling_act import ACTPolicy
+    from lerobot.policies.act.processor_act import make_act_pre_post_processors
+
+    torch.set_num_threads(1)
+    config = ACTConfig(
+        input_features={
+            TABLE: PolicyFeature(FeatureType.VISUAL, (3, 64, 64)),
+            WRIST: PolicyFeature(FeatureType.VISUAL, (3, 64, 64)),
+            STATE: PolicyFeature(FeatureType.STATE, (3,)),
+        },
+        output_features={"action": PolicyFeature(FeatureType.ACTION, (3,))},
+        device="cpu",
+        chunk_size=6,
+        n_action_steps=4,
+        dim_model=32,
+        n_heads=4,
+        dim_feedforward=48,
+        n_encoder_layers=1,
+        n_vae_encoder_layers=1,
+        latent_dim=5,
+        dropout=0.0,
+        pretrained_backbone_weights=None,
+    )
+    policy = ACTPolicy(config)
+    redraw(policy)
+    return policy, *make_act_pre_post_processors(config, dataset.stats)
+
+
+@pytest.fixture
+def sick(theirs):
+    """Copies, to spoil."""
+    return [copy.deepcopy(part) for part in theirs]
+
+
+@pytest.fixture
+def raw(theirs, dataset):
+    windows = dataset.windows(delta_timestamps(theirs[0].config, dataset.fps))
+    return default_collate([windows[row] for row in (3, 70)])
+
+
+def examined(parts, raw, **given):
+    policy, preprocessor, postprocessor = parts
+    return doctor(policy, raw, preprocessor=preprocessor, postprocessor=postprocessor, **given)
+
+
+def test_it_is_clean(theirs, raw, dataset):
+    before = {name: tensor.clone() for name, tensor in theirs[0].state_dict().items()}
+    report = examined(theirs, raw)
+    assert report.codes == (), str(report)
+    report = examined(theirs, raw, dataset=dataset, env="tabletop:pick_place")
+    assert set(report.codes) <= {"replay-error", "action-out-of-range"}, str(report)  # its weights are random
+    assert all(torch.equal(tensor, before[name]) for name, tensor in theirs[0].state_dict().items())
+    assert "depends on instruction" in report.not_run
+
+
+def test_without_processors_its_statistics_are_not_examined(theirs, raw):
+    report = doctor(theirs[0], raw)
+    assert {"statistics present", "processors agree", "depends on images"} <= set(report.not_run)
+    assert report.codes == ()
+
+
+def no_statistics(parts, raw):
+    from lerobot.policies.act.processor_act import make_act_pre_post_processors
+
+    parts[1:] = make_act_pre_post_processors(parts[0].config, None)
+
+
+def infinite(parts, raw):
+    step = next(step for step in parts[1].steps if hasattr(step, "norm_map"))
+    step.stats[STATE]["mean"] = torch.full((3,), float("inf"))
+    step._tensor_stats[STATE]["mean"] = torch.full((3,), float("inf"))
+
+
+def leaky(parts, raw):
+    def forward(self, batch):
+        batch = dict(batch)
+        batch["observation.images"] = [batch[key] for key in self.config.image_features]
+        loss = F.l1_loss(self.model(batch)[0], batch["action"])
+        return loss, {}
+
+    parts[0].__class__ = type("Leaky", (type(parts[0]),), {"forward": forward})
+
+
+def no_reset(parts, raw):
+    parts[0].__class__ = type("Stale", (type(parts[0]),), {"reset": lambda self: None})
+
+
+def blind(parts, raw):
+    with torch.no_grad():
+        parts[0].model.encoder_img_feat_input_proj.weight.zero_()
+
+
+def renamed(parts, raw):
+    raw["observation.images.cam_0"], raw["observation.images.cam_1"] = raw.pop(TABLE), raw.pop(WRIST)
+
+
+def bytes_first(parts, raw):
+    raw[TABLE] = (raw[TABLE] * 255).byte()
+
+
+def bright(parts, raw):
+    raw[TABLE] = raw[TABLE] * 255
+
+
+@pytest.mark.parametrize(
+    ("spoil", "code"),
+    [
+        (no_statistics, "statistics-absent"),
+        (infinite, "statistics-not-finite"),
+        (leaky, "padding-leaks"),
+        (no_reset, "queue-not-reset"),
+        (blind, "ignores-image"),
+        (renamed, "camera-names"),
+        (bytes_first, "image-layout"),
+        (bright, "image-range"),
+    ],
+)
+def test_its_faults_are_caught_and_named(spoil, code, sick, raw):
+    spoil(sick, raw)
+    report = examined(sick, raw)
+    assert {finding.code for finding in report.findings if finding.severity == "error"} == {code}, str(report)
+
+
+def test_its_datasets_are_read(tmp_path):
+    """Recorded with video, read back, batched by a data loader; then a batch is turned upside down."""
+    dataset = record("pick_place", 3, 5, tmp_path / "data", progress=False)
+    policy = minivla.load("act-tabletop")
+    raw = next(iter(DataLoader(dataset, batch_size=2)))
+    report = doctor(policy, raw, dataset=dataset, env="tabletop:pick_place")
+    assert report.codes == (), str(report)
+    assert {"statistics of this dataset", "picture orientation", "open-loop replay"} <= set(report.passed)
+    assert doctor(policy, raw | {TABLE: raw[TABLE].flip(-2)}, dataset=dataset).codes == ("image-flipped",)
