@@ -9,8 +9,8 @@ from torch import Tensor
 
 from minivla.exercises.verdict import verdict
 from minivla.recorder import Call
-from minivla.tracing import Trace
 from minivla.segments import Kind, Segment, arrange
+from minivla.tracing import Trace
 
 Layout = tuple[tuple[str, Kind, int], ...]
 

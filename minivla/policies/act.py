@@ -190,13 +190,8 @@ class ACT(Policy):
 
     @property
     def inert(self) -> dict[str, str]:
-        """With norms after the sums, the first decoder layer's values are their bias: whatever is looked at
-        is the same.
-        """
-        if self.config.pre_norm:
-            return {}
-        reason = "no effect: the decoder's input is zero, so all its values are alike"
-        return {"decoder.layers.0.self_attn.in_proj_weight": reason}
+        """Tensors that are loaded and cannot matter (`inert_act`)."""
+        return inert_act(self.config)
 
     def reset(self) -> None:
         """Forget the episode: the queue of actions, or the ensemble."""
@@ -341,6 +336,15 @@ def _stack(config: ACTConfig, name: str, layers: int, *, norm: bool, cross: bool
         name, layers, config.dim_model, config.n_heads, config.dim_feedforward, norm=norm, cross=cross,
         dropout=config.dropout, activation=config.feedforward_activation, pre_norm=config.pre_norm,
     )  # fmt: skip
+
+
+def inert_act(config: Any) -> dict[str, str]:
+    """Tensors that upstream trains and that change nothing, with the reason; for LeRobot's config as well."""
+    blank = "no effect: the decoder's input is zero, so all its values are alike"
+    inert = {f"decoder.layers.0.{'norm1.weight' if config.pre_norm else 'self_attn.in_proj_weight'}": blank}
+    if not config.use_vae:
+        inert["encoder_latent_input_proj.weight"] = "no effect: without a VAE the latent is always zero"
+    return inert
 
 
 def describe_act(call: recorder.Call, segments: list[Segment], chunk_size: int) -> None:

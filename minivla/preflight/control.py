@@ -219,7 +219,9 @@ def environment_replay(subject: Subject) -> Iterator[Finding]:
         raise NotRun("dataset and env" if recordings is None and env is None else "dataset" if env else "env")
     seeds = getattr(recordings.dataset, "seeds", None)
     if seeds is None:
-        raise NotRun("a dataset that tells the seed each episode was reset with (dataset.seeds)")
+        raise NotRun(
+            "a dataset that tells its episodes' seeds (dataset.seeds; demonstrations with noise=0 do)"
+        )
     played = [
         _replayed(env, int(seed), recordings.column(ACTION)[start:stop].float().numpy())
         for seed, (start, stop) in list(zip(seeds, recordings.episodes, strict=False))[:5]

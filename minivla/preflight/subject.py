@@ -33,6 +33,15 @@ OTHERS = 2  # observations that are put in place of each sample
 
 
 @dataclass(frozen=True)
+class Baseline:
+    """The batch's chunk (B, H, A), other prepared observations, and how much the chunks of all vary."""
+
+    chunk: Tensor
+    others: list[dict[str, Any]]
+    spread: float
+
+
+@dataclass(frozen=True)
 class Subject:
     """Everything the checks look at.
 
@@ -41,7 +50,7 @@ class Subject:
     recordings     the dataset, or None
     env            a gymnasium environment, or None
     preprocessor, postprocessor   the policy's pipelines, or None
-    measurements   {name: value}, filled by the checks
+    measurements   {name: value}, which the checks fill
     """
 
     policy: Any
@@ -85,19 +94,18 @@ class Subject:
 
     @cached_property
     def scaling(self) -> Scaling | None:
-        """How the preprocessor normalises; None without one."""
+        """How the preprocessor normalises."""
         return scaling_of(self.preprocessor)
 
     @cached_property
     def back(self) -> Scaling | None:
-        """How the postprocessor gets back to robot units; None without one."""
+        """How the postprocessor gets back to robot units."""
         return scaling_of(self.postprocessor)
 
     @property
     def reads_text(self) -> bool:
         """Whether the policy follows an instruction."""
-        steps = getattr(self.preprocessor, "steps", ())
-        tokens = any(hasattr(step, "tokenizer_name") or hasattr(step, "tokenizer") for step in steps)
+        tokens = any(hasattr(step, "tokenizer_name") for step in getattr(self.preprocessor, "steps", ()))
         named = any(key.startswith(OBS_LANGUAGE) for key in self.inputs)
         return bool(getattr(self.config, "vocabulary", ())) or tokens or named
 
@@ -136,7 +144,8 @@ class Subject:
             mended.pop(place, None)
             mended[name] = seen.value
         faults += examine_action(mended, self.outputs, self.config, self.scaling)
-        faults += examine_task(mended, self)
+        if self.reads_text:
+            faults += examine_task(mended, getattr(self.config, "vocabulary", ()))
         return mended, faults
 
     @property
@@ -158,7 +167,7 @@ class Subject:
         history = None if self.config.observation_delta_indices is None else self.config.n_obs_steps
         rename = rename_map_of(self.preprocessor)
         batch = to_batch(raw, self.inputs, n_obs_steps=history, rename=rename)
-        few = {key: value[:limit] if _has_samples(value) else value for key, value in batch.items()}
+        few = {key: value if _is_scalar(value) else value[:limit] for key, value in batch.items()}
         if self.reads_text and "task" not in few:  # `examine_task` has said so
             few["task"] = [another_text(self.config, "", 0)] * _size(few)
         return few
@@ -234,14 +243,12 @@ class Subject:
         return self.twin()
 
     @cached_property
-    def baseline(self) -> tuple[Tensor, list[dict[str, Any]], float]:
-        """The chunk (B, H, A) of the batch, other prepared observations in its place, and how much the chunks
-        of all of them vary.
-        """
+    def baseline(self) -> Baseline:
+        """What the probes compare with."""
         plain = running.chunk(self.patient, self.batch)
         others = [{**self.batch, **self.prepare(other)} for other in self.others]
         chunks = [plain, *(running.chunk(self.patient, other) for other in others)]
-        return plain, others, running.spread(torch.cat(chunks))
+        return Baseline(plain, others, running.spread(torch.cat(chunks)))
 
     @cached_property
     def others(self) -> list[dict[str, Any]]:
@@ -249,13 +256,21 @@ class Subject:
         seen instead. From the dataset, else noise.
         """
         size = _size(self.observation)
+        own = self.observation.get("task") or [""] * size
         if self.recordings is not None:
             rows = self.recordings.spread_rows(OTHERS * size)
             rows = list(itertools.islice(itertools.cycle(rows), OTHERS * size))
             others = [self.recorded(rows[i::OTHERS][::-1]) for i in range(OTHERS)]
         else:
-            others = [noise(self, seed) for seed in range(OTHERS)]
-        return [{**other, "task": other_texts(self, other, seed)} for seed, other in enumerate(others)]
+            names = {self.named(name): name for name in self.observation}
+            held = {key: self.observation[names[key]] for key in self.inputs if key in names}
+            features = {key: self.inputs[key] for key in held}
+            drawn = [noise(held, features, self.scaling, seed) for seed in range(OTHERS)]
+            others = [{names[key]: value for key, value in each.items()} for each in drawn]
+        return [
+            {**other, "task": other_texts(own, other.get("task") or own, self.config, seed)}
+            for seed, other in enumerate(others)
+        ]
 
     def recorded(self, rows: Sequence[int], limit: int = FEW) -> dict[str, Any]:
         """Some frames of the dataset, batched, in robot units. NotRun without one, or where it does not have
@@ -281,8 +296,8 @@ def _size(batch: Mapping[str, Any]) -> int:
     return next(len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim)
 
 
-def _has_samples(value: Any) -> bool:
-    return isinstance(value, list) or (isinstance(value, Tensor) and value.ndim > 0)
+def _is_scalar(value: Any) -> bool:
+    return not isinstance(value, list) and getattr(value, "ndim", 0) == 0
 
 
 def _finite(value: Any) -> bool:

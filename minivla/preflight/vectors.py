@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +15,6 @@ from minivla.nn.instruction import split_words
 from minivla.preflight.pictures import Look
 from minivla.preflight.report import ERROR, WARNING, Finding
 from minivla.preflight.scaling import Scaling
-
-if TYPE_CHECKING:
-    from minivla.preflight.subject import Subject
 
 KINDS = {FeatureType.STATE: "state", FeatureType.ENV: "environment-state", FeatureType.ACTION: "action"}
 FAR = 3.0  # a zero this many standard deviations from the mean is no measurement
@@ -98,10 +96,10 @@ def _no_flags(mended: dict[str, Any]) -> Finding:
     return Finding("padding-flags", ERROR, "action_is_pad", what, mend)
 
 
-def examine_task(mended: dict[str, Any], subject: Subject) -> list[Finding]:
-    """Look at the instruction, for policies that read one; a placeholder is put where there is none."""
-    if not subject.reads_text:
-        return []
+def examine_task(mended: dict[str, Any], vocabulary: Collection[str]) -> list[Finding]:
+    """Look at the instruction of a policy that reads one, of these words or of any if there are none; what is
+    no instruction is taken out.
+    """
     task = mended.get("task")
     texts = [task] if isinstance(task, str) else list(task) if isinstance(task, list | tuple) else None
     if texts is None or not all(isinstance(text, str) for text in texts):
@@ -111,7 +109,7 @@ def examine_task(mended: dict[str, Any], subject: Subject) -> list[Finding]:
         return [_replaced(mended, "instruction-absent", what)]
     if any(not text.strip() for text in texts):
         return [_replaced(mended, "instruction-absent", "an instruction is empty")]
-    known = set(getattr(subject.config, "vocabulary", ()))
+    known = set(vocabulary)
     strange = sorted({word for text in texts for word in split_words(text) if known and word not in known})
     if not strange:
         return []

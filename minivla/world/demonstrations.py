@@ -39,6 +39,7 @@ class Demonstrations(Dataset[dict[str, Any]]):
     tasks: the instruction of each episode.
     features: columns as `meta/info.json` describes them.
     delta_timestamps: see `windows`.
+    seeds: with which each episode's environment was reset, where its actions alone lead to success again.
 
     An item has a tensor for every column (pictures float32 (3, H, W) in [0, 1]), scalars `timestamp` in
     seconds, `frame_index` within the episode, `episode_index`, `index`, `task_index`, and the instruction
@@ -54,7 +55,9 @@ class Demonstrations(Dataset[dict[str, Any]]):
         *,
         fps: int = spec.FPS,
         delta_timestamps: Mapping[str, Sequence[float]] | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> None:
+        self.seeds = seeds
         self.features = {
             **features,
             **{k: {"dtype": d, "shape": (1,), "names": None} for k, d in COUNTERS.items()},
@@ -194,13 +197,15 @@ def demonstrations(
     env = Tabletop(task, embodiment, size, tuple(cameras), environment_state, split=split)
     bar = tqdm(range(episodes), desc=f"{task} demonstrations", disable=not progress)
     kept = [_successful_episode(env, np.random.default_rng([seed, i]), noise) for i in bar]
-    frames = [frame for episode, _ in kept for frame in episode]
+    frames = [frame for episode, *_ in kept for frame in episode]
     return Demonstrations(
         {key: np.stack([frame[key] for frame in frames]) for key in frames[0]},
-        [len(episode) for episode, _ in kept],
-        [instruction for _, instruction in kept],
+        [len(episode) for episode, *_ in kept],
+        [instruction for _, instruction, _ in kept],
         columns_of(env),
         delta_timestamps=delta_timestamps,
+        # A disturbed step carried out another action than the recorded one: such an episode does not repeat.
+        seeds=None if noise else [seed for *_, seed in kept],
     )
 
 
@@ -216,19 +221,23 @@ def columns_of(env: Tabletop) -> dict[str, dict[str, Any]]:
     return features
 
 
-def _successful_episode(env: Tabletop, rng: np.random.Generator, noise: float) -> tuple[list[Frame], str]:
+def _successful_episode(
+    env: Tabletop, rng: np.random.Generator, noise: float
+) -> tuple[list[Frame], str, int]:
+    """Its frames, its instruction, and the seed its environment was reset with."""
     for _ in range(50):
-        frames = list(_episode(env, rng, noise))
+        seed = int(rng.integers(2**31))
+        frames = list(_episode(env, seed, rng, noise))
         if env.scene.stage == len(env.scene.parts):
-            return frames, env.scene.instruction
+            return frames, env.scene.instruction, seed
     raise RuntimeError(
         f"The expert failed 50 times running at {env.task} with noise={noise}: lower the noise."
     )
 
 
-def _episode(env: Tabletop, rng: np.random.Generator, noise: float) -> Iterator[Frame]:
+def _episode(env: Tabletop, seed: int, rng: np.random.Generator, noise: float) -> Iterator[Frame]:
     """The frames of one episode; the last is the one that its last action was decided on."""
-    observation, _ = env.reset(seed=int(rng.integers(2**31)))
+    observation, _ = env.reset(seed=seed)
     act, disturb, over = expert(env), Disturbance(env, rng, noise), False
     while not over:
         action = act()

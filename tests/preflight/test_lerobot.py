@@ -19,7 +19,7 @@ from tests.preflight.patients import STATE, TABLE, WRIST
 
 @pytest.fixture(scope="module")
 def dataset():
-    return demonstrations("pick_place", 5, 2)
+    return demonstrations("pick_place", 5, 2, size=32)
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,8 @@ def theirs(dataset):
     torch.set_num_threads(1)
     config = ACTConfig(
         input_features={
-            TABLE: PolicyFeature(FeatureType.VISUAL, (3, 64, 64)),
-            WRIST: PolicyFeature(FeatureType.VISUAL, (3, 64, 64)),
+            TABLE: PolicyFeature(FeatureType.VISUAL, (3, 32, 32)),
+            WRIST: PolicyFeature(FeatureType.VISUAL, (3, 32, 32)),
             STATE: PolicyFeature(FeatureType.STATE, (3,)),
         },
         output_features={"action": PolicyFeature(FeatureType.ACTION, (3,))},
@@ -76,7 +76,7 @@ def test_it_is_clean(theirs, raw, dataset):
     before = {name: tensor.clone() for name, tensor in theirs[0].state_dict().items()}
     report = examined(theirs, raw)
     assert report.codes == (), str(report)
-    report = examined(theirs, raw, dataset=dataset, env="tabletop:pick_place")
+    report = examined(theirs, raw, dataset=dataset, env="tabletop:pick_place?size=32")
     assert set(report.codes) <= {"replay-error", "action-out-of-range"}, str(report)  # its weights are random
     assert all(torch.equal(tensor, before[name]) for name, tensor in theirs[0].state_dict().items())
     assert "depends on instruction" in report.not_run

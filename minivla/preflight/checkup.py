@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from minivla.policies.base import Policy
-from minivla.preflight import control, observations, probes, scales, statistics
+from minivla.preflight import control, learning, observations, probes, scales, statistics
 from minivla.preflight.recordings import Recordings
 from minivla.preflight.report import ERROR, Finding, NotRun, Report, sorted_findings
 from minivla.preflight.subject import Subject
@@ -32,11 +32,11 @@ CHECKS: dict[str, Check] = {
     "camera order": observations.camera_order,
     "picture orientation": observations.orientation,
     "environment's observations": observations.environment,
-    "padding leaves the loss alone": probes.padding_mask,
+    "padding leaves the loss alone": learning.padding_mask,
     "depends on images": partial(probes.sensitivity, "image"),
     "depends on state": partial(probes.sensitivity, "state"),
     "depends on instruction": partial(probes.sensitivity, "text"),
-    "frozen and trainable": probes.frozen_and_trainable,
+    "frozen and trainable": learning.frozen_and_trainable,
     "time convention": probes.time_convention,
     "queue reset": probes.queue_reset,
     "action range": control.action_range,
