@@ -220,7 +220,7 @@ def environment_replay(subject: Subject) -> Iterator[Finding]:
     seeds = getattr(recordings.dataset, "seeds", None)
     if seeds is None:
         raise NotRun(
-            "a dataset that tells its episodes' seeds (dataset.seeds; demonstrations with noise=0 do)"
+            "a dataset with its episodes' seeds (dataset.seeds; demonstrations with noise=0)"
         )
     played = [
         _replayed(env, int(seed), recordings.column(ACTION)[start:stop].float().numpy())

@@ -107,7 +107,7 @@ def test_what_an_environment_gives_is_clean(trained):
 
 
 def test_recorded_episodes_replay_in_the_environment(trained):
-    """Demonstrations without disturbances tell the seeds of their episodes; with them actions do not repeat."""
+    """Demonstrations without disturbances tell their episodes' seeds; disturbed ones do not repeat."""
     assert demonstrations("pick_place", 1, 8).seeds is None
     dataset = demonstrations("pick_place", 3, 8, noise=0.0)
     report = doctor(trained, dataset[2], dataset=dataset, env="tabletop:pick_place")
