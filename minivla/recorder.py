@@ -23,6 +23,23 @@ from torch import Tensor
 
 from minivla.segments import Segment
 
+
+class NotKept(KeyError, ValueError):
+    """Something was asked of a trace that it does not hold. Prints its text as it is."""
+
+    __str__ = Exception.__str__
+
+
+class BySite(dict[str, Tensor]):
+    """Tensors by site; a site that is not there is named together with those that are."""
+
+    def __missing__(self, site: str) -> Tensor:
+        raise NotKept(
+            f"nothing was kept at {site!r}, only at {', '.join(self) or 'no site'}: name it in "
+            "minivla.trace(policy, attention=[...]), or take attention=True"
+        )
+
+
 _call: ContextVar[Call | None] = ContextVar("minivla_call", default=None)
 
 
@@ -40,6 +57,16 @@ def recording(call: Call) -> Iterator[None]:
     finally:
         _call.reset(token)
     call.finish()
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Inside, nothing is recorded: another policy runs."""
+    token = _call.set(None)
+    try:
+        yield
+    finally:
+        _call.reset(token)
 
 
 def keep(name: str, value: Tensor) -> None:
@@ -78,7 +105,7 @@ class Rows:
     attention: Tensor | None  # (B, heads, Q, K)
 
 
-@dataclass
+@dataclass(repr=False)
 class Call:
     """One forward pass.
 
@@ -98,8 +125,8 @@ class Call:
     segments: list[Segment] = field(default_factory=list)
     mask: Tensor | None = None
     stacks: tuple[str, ...] = ()
-    masks: dict[str, Tensor] = field(default_factory=dict)
-    attention: dict[str, Tensor] = field(default_factory=dict)
+    masks: BySite = field(default_factory=BySite)
+    attention: BySite = field(default_factory=BySite)
     sites: dict[str, tuple[list[Segment], list[Segment]]] = field(default_factory=dict)
     hidden: dict[str, Tensor] = field(default_factory=dict)
     entered: dict[str, Tensor] = field(default_factory=dict, repr=False)
@@ -107,6 +134,11 @@ class Call:
     flow: Flow | None = None
     layout: dict[str, tuple[list[Segment], list[Segment]]] = field(default_factory=dict, repr=False)
     rows: dict[str, dict[int, Rows]] = field(default_factory=dict, repr=False)
+
+    def __repr__(self) -> str:
+        tokens = f"{sum(s.length for s in self.segments)} tokens in {len(self.segments)} segments"
+        chunk = "" if self.chunk is None else f", chunk {tuple(self.chunk.shape)}"
+        return f"Call({self.method}: {tokens}, attention at {', '.join(self.attention) or 'no site'}{chunk})"
 
     def describe(self, segments: Sequence[Segment], mask: Tensor, stacks: Sequence[str] = ()) -> None:
         """The policy tells its main sequence, who may look at whom there, (Q, K) bool, and the stacks of

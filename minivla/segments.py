@@ -42,6 +42,22 @@ class Segment:
         return self.start + self.length
 
 
+def camera_names(keys: Iterable[str]) -> dict[str, str]:
+    """What readers call the cameras, by batch key: the last part of the key, or as many as tell them apart.
+
+    >>> camera_names(["observation.images.table", "observation.images.wrist"])
+    {'observation.images.table': 'table', 'observation.images.wrist': 'wrist'}
+    >>> list(camera_names(["observation.images.left.rgb", "observation.images.right.rgb"]).values())
+    ['left.rgb', 'right.rgb']
+    """
+    parts = {key: key.split(".") for key in keys}
+    for count in range(1, 1 + max(map(len, parts.values()), default=0)):
+        names = {key: ".".join(part[-count:]) for key, part in parts.items()}
+        if len(set(names.values())) == len(names):
+            return names
+    return {}
+
+
 def arrange(segments: Iterable[Segment]) -> list[Segment]:
     """Lay segments one after another: each gets its `start`. Empty segments are dropped.
 

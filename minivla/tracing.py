@@ -16,7 +16,8 @@ import fnmatch
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from minivla import recorder
-from minivla.recorder import Call, Flow
+from minivla.recorder import Call, Flow, NotKept
 from minivla.segments import Segment
 
 if TYPE_CHECKING:
@@ -36,6 +37,17 @@ if TYPE_CHECKING:
 WATCHED = ("forward", "predict_action_chunk")
 MUCH = 1 << 30  # bytes of attention weights in one call that are worth a warning
 _open: ContextVar[tuple[Trace, ...]] = ContextVar("minivla_traces", default=())
+_running: ContextVar[Any] = ContextVar("minivla_policy", default=None)
+
+
+@contextmanager
+def _run(policy: Any) -> Iterator[None]:
+    """Inside, this policy runs: what it calls of itself is no call of its own."""
+    token = _running.set(policy)
+    try:
+        yield
+    finally:
+        _running.reset(token)
 
 
 class _Watched:
@@ -52,10 +64,13 @@ class _Watched:
 
     def __call__(self, batch: Mapping[str, Any], *args: Any, **options: Any) -> Any:
         own = self.before or getattr(type(self.policy), self.method).__get__(self.policy)
-        trace = next((trace for trace in reversed(_open.get()) if trace.policy is self.policy), None)
-        if trace is None or recorder.current() is not None:
+        if _running.get() is self.policy:
             return own(batch, *args, **options)
-        return trace.run(self.method, own, batch, args, options)
+        trace = next((trace for trace in reversed(_open.get()) if trace.policy is self.policy), None)
+        if trace is not None:
+            return trace.run(self.method, own, batch, args, options)
+        with _run(self.policy), recorder.paused():  # it may run inside a policy that is traced
+            return own(batch, *args, **options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy of the policy runs its own method, untraced, and not the original's."""
@@ -77,22 +92,24 @@ class _Watch:
         from minivla import upstream
 
         with self.lock:
-            if id(policy) not in self.watchers:
-                if upstream.is_lerobot(policy):
-                    self.closers[id(policy)] = upstream.open_eyes(policy)
-                for method in WATCHED:
-                    vars(policy)[method] = _Watched(policy, method)
-            self.watchers[id(policy)] = self.watchers.get(id(policy), 0) + 1
+            if upstream.is_lerobot(policy) and id(policy) not in self.watchers:
+                self.closers[id(policy)] = upstream.open_eyes(policy)
+            for each in _policies_in(policy):
+                if id(each) not in self.watchers:
+                    vars(each).update({method: _Watched(each, method) for method in WATCHED})
+                self.watchers[id(each)] = self.watchers.get(id(each), 0) + 1
         self.run_eagerly()
 
     def end(self, policy: Any) -> None:
         with self.lock:
-            self.watchers[id(policy)] -= 1
-            if self.watchers[id(policy)] == 0:
-                del self.watchers[id(policy)]
+            for each in _policies_in(policy):
+                self.watchers[id(each)] -= 1
+                if self.watchers[id(each)] == 0:
+                    del self.watchers[id(each)]
+                    for method in WATCHED:
+                        vars(each).pop(method).put_back()
+            if id(policy) not in self.watchers:
                 self.closers.pop(id(policy), lambda: None)()
-                for method in WATCHED:
-                    vars(policy).pop(method).put_back()
             if not self.watchers and self.stance is not None:
                 self.stance.__exit__(None, None, None)
                 self.stance = None
@@ -108,30 +125,45 @@ class _Watch:
 _watch = _Watch()
 
 
-def _bare(policy: Any) -> Any:
+def _policies_in(policy: Any) -> list[Any]:
+    """A policy, and those it holds: a teacher's attention is not its student's."""
+    return [module for module in policy.modules() if hasattr(type(module), "predict_action_chunk")]
+
+
+def bare(policy: Any) -> Any:
     """The policy inside what `torch.compile` or distributed training put around it.
 
     Raises TypeError for what is no policy.
     """
-    bare = policy
-    while not hasattr(type(bare), "predict_action_chunk"):
-        inner = getattr(bare, "_orig_mod", None) or getattr(bare, "module", None)
-        if inner is None:
+    inner = policy
+    while not hasattr(type(inner), "predict_action_chunk"):
+        found = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+        if found is None:
             raise TypeError(
-                f"minivla.trace looks into a policy; {type(policy).__name__} has no predict_action_chunk. "
-                "Give one of minivla's (minivla.load(...)) or LeRobot's policies, not its network"
+                f"expected a policy; {type(policy).__name__} has no predict_action_chunk. Give one of "
+                "minivla's (minivla.load(...)) or LeRobot's policies, not its network"
             )
-        bare = inner
-    return bare
+        inner = found
+    return inner
+
+
+def _sites(policy: Any) -> list[str]:
+    from minivla import upstream
+
+    if upstream.is_lerobot(policy):
+        return upstream.sites(policy)
+    return [site for module in policy.modules() if (site := getattr(module, "site", ""))]
 
 
 class Trace:
     """A look inside a policy; make one with `minivla.trace`."""
 
-    def __init__(self, policy: Any, *, attention: bool | Sequence[str] = True) -> None:
+    def __init__(self, policy: Any, *, attention: bool | str | Sequence[str] = True) -> None:
         self.policy = policy
         self.calls: list[Call] = []
-        self._wanted = ["*"] if attention is True else list(attention or [])
+        named = [attention] if isinstance(attention, str) else attention
+        self._wanted = ["*"] if named is True else list(named or [])
+        self._unmet = {pattern for pattern in self._wanted if pattern != "*"}
         self._warned = False
 
     def __enter__(self) -> Trace:
@@ -143,15 +175,26 @@ class Trace:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         traces = list(_open.get())
-        del traces[len(traces) - 1 - traces[::-1].index(self)]
-        _open.set(tuple(traces))
+        if self in traces:  # else it is closed in another thread than it was opened in
+            del traces[len(traces) - 1 - traces[::-1].index(self)]
+            _open.set(tuple(traces))
         _watch.end(self.policy)
+        if self._unmet and self.calls:
+            sites = ", ".join(dict.fromkeys(site for call in self.calls for site in call.masks))
+            warnings.warn(
+                f"attention={sorted(self._unmet)} matches no site that was used: {sites or 'there was none'}",
+                stacklevel=2,
+            )
+
+    def __repr__(self) -> str:
+        return f"Trace of {type(self.policy).__name__}, {len(self.calls)} calls: {self.calls}"
 
     def wants(self, site: str, size: int) -> bool:
         """Are this site's attention weights, `size` bytes, kept? Warns when all that are would be much."""
         if not self._asked_for(site):
             return False
-        count = max(1, sum(self._asked_for(getattr(m, "site", "")) for m in self.policy.modules()))
+        self._unmet -= {pattern for pattern in self._unmet if fnmatch.fnmatchcase(site, pattern)}
+        count = max(1, sum(map(self._asked_for, _sites(self.policy))))
         if size * count > MUCH and not self._warned:
             self._warned = True
             warnings.warn(
@@ -177,19 +220,20 @@ class Trace:
     ) -> Any:
         """Run the policy's own method as a call of this trace. A call that fails is not kept."""
         _watch.run_eagerly()
-        call = Call(method, batch, self.wants, proving)
-        with recorder.recording(call):
+        call = Call(method, dict(batch), self.wants, proving)
+        with _run(self.policy), recorder.recording(call):
             result = function(batch, *args, **(options or {}))
         if method == "predict_action_chunk":
-            call.chunk = result.detach()
+            call.chunk = result.detach().clone()
         self.calls.append(call)
         return result
 
     def _last(self) -> Call:
         if not self.calls:
             raise ValueError(
-                "this trace is empty: inside `with minivla.trace(policy) as t:` call policy(batch), "
-                "policy.predict_action_chunk(batch) or policy.select_action(batch) on the same policy"
+                "this trace is empty: inside `with minivla.trace(policy) as t:` and in the same thread call "
+                "policy(batch), policy.predict_action_chunk(batch) or policy.select_action(batch) on the "
+                "same policy; select_action may serve its queue of actions: policy.reset() first"
             )
         return self.calls[-1]
 
@@ -238,49 +282,45 @@ class Trace:
         """The sampler's path, for policies that integrate one."""
         return self._last().flow
 
-    def plot_flow(self, **options: Any) -> Figure:
-        """The sampler's path from noise to the chunk (`minivla.viz.flow`)."""
-        from minivla.viz import flow
-
-        if self.flow is None:
-            raise ValueError(
-                "the last call integrated no flow: trace policy.predict_action_chunk(batch) of a diffusion "
-                f"or flow-matching policy, which {type(self.policy).__name__} may not be"
-            )
-        return flow.plot_flow(self.flow, **options)
-
-    def explore(self, *, call: int = -1, sample: int = 0, **options: Any) -> Explorer:
-        """One call as a piece of HTML to point at: what is each token, what may it see, what does it look at
-        (`minivla.viz.explorer`).
-        """
-        from minivla.viz import explorer
-
+    def call(self, index: int = -1) -> Call:
+        """One of the calls. Raises ValueError when there is none of that number."""
         self._last()
-        if not -len(self.calls) <= call < len(self.calls):
-            raise ValueError(f"call is {call}; this trace holds {len(self.calls)} calls")
-        robot = None if getattr(self.policy, "postprocessor", None) is None else self.policy.postprocess
-        return explorer.explore(self.calls[call], sample=sample, robot=robot, **options)
+        if not -len(self.calls) <= index < len(self.calls):
+            raise ValueError(f"call is {index}; this trace holds {len(self.calls)} calls")
+        return self.calls[index]
 
-    def plot_tokens(self, **options: Any) -> Figure:
+    def plot_tokens(self, *, call: int = -1, **options: Any) -> Figure:
         """The main sequence as a ribbon of named segments (`minivla.viz.tokens`)."""
         from minivla.viz import tokens
 
-        return tokens.plot_tokens(self.segments, **{"mask": self.mask, **options})
+        seen = self.call(call)
+        return tokens.plot_tokens(seen.segments, **{"mask": seen.mask, **options})
 
-    def plot_mask(self, site: str | None = None, **options: Any) -> Figure:
-        """The mask of the main sequence, or of one attention site (`minivla.viz.masks`)."""
+    def plot_mask(
+        self, site: str | None = None, *, call: int = -1, sample: int = 0, **options: Any
+    ) -> Figure:
+        """The mask of the main sequence (of sample 0), or a sample's at one site (`minivla.viz.masks`)."""
         from minivla.viz import masks
 
-        call = self._last()
+        seen = self.call(call)
         if site is None:
-            return masks.plot_mask(call.mask, call.segments, call.segments, **options)
-        if site not in call.masks:
-            raise ValueError(f"no site {site!r}; this call has {', '.join(call.masks) or 'none'}")
-        queries, keys = call.sites[site]
-        return masks.plot_mask(call.masks[site][0], queries, keys, **options)
+            if sample:
+                raise ValueError("the main sequence's mask is that of sample 0; for another name a site")
+            return masks.plot_mask(seen.mask, seen.segments, seen.segments, **options)
+        mask = seen.masks[site]
+        if not 0 <= sample < len(mask):
+            raise ValueError(f"sample is {sample}; the batch has {len(mask)}")
+        queries, keys = seen.sites[site]
+        return masks.plot_mask(mask[sample], queries, keys, **options)
 
     def plot_attention(
-        self, site: str | None = None, *, query: int | str = 0, head: int | None = None, **options: Any
+        self,
+        site: str | None = None,
+        *,
+        query: int | str = 0,
+        head: int | None = None,
+        call: int = -1,
+        **options: Any,
     ) -> Figure:
         """What one query looks at, laid over the cameras (`minivla.viz.attention`).
 
@@ -289,32 +329,47 @@ class Trace:
         """
         from minivla.viz import attention
 
-        return attention.plot_attention(self._last(), self._site(site), query=query, head=head, **options)
+        seen = self.call(call)
+        if site is None and not seen.attention:
+            raise NotKept("no attention was kept in this call: trace with attention=True")
+        site = list(seen.attention)[-1] if site is None else site
+        seen.attention[site]  # says what was kept, if not this
+        return attention.plot_attention(seen, site, query=query, head=head, **options)
 
-    def plot_chunk(self, **options: Any) -> Figure:
+    def plot_chunk(self, *, call: int = -1, **options: Any) -> Figure:
         """The predicted chunk, one line a dimension, in normalised and robot units (`minivla.viz.chunks`)."""
         from minivla.viz import chunks
 
-        if self.chunk is None:
+        if (chunk := self.call(call).chunk) is None:
+            raise ValueError("that call was a loss; call policy.predict_action_chunk(batch) to see a chunk")
+        return chunks.plot_chunk(chunk, self._robot and self._robot(chunk), **options)
+
+    def plot_flow(self, *, call: int = -1, **options: Any) -> Figure:
+        """The sampler's path from noise to the chunk (`minivla.viz.flow`)."""
+        from minivla.viz import flow
+
+        if (path := self.call(call).flow) is None:
             raise ValueError(
-                "the last call was a loss; call policy.predict_action_chunk(batch) to see a chunk"
+                "that call integrated no flow: trace policy.predict_action_chunk(batch) of a diffusion "
+                f"or flow-matching policy, which {type(self.policy).__name__} may not be"
             )
-        robot = None if getattr(self.policy, "postprocessor", None) is None else self.policy.postprocess
-        return chunks.plot_chunk(self.chunk, robot and robot(self.chunk), **options)
+        return flow.plot_flow(path, **options)
 
-    def _site(self, site: str | None) -> str:
-        kept = list(self._last().attention)
-        if site is None and kept:
-            return kept[-1]
-        if site not in kept:
-            raise ValueError(
-                f"attention site {site!r} was not kept; this trace holds {', '.join(kept) or 'none'} of "
-                f"{', '.join(self._last().masks) or 'none'}: trace with attention=True, or name it there"
-            )
-        return site
+    def explore(self, *, call: int = -1, sample: int = 0, **options: Any) -> Explorer:
+        """One call as a piece of HTML to point at: what is each token, what may it see, what does it look at
+        (`minivla.viz.explorer`).
+        """
+        from minivla.viz import explorer
+
+        return explorer.explore(self.call(call), sample=sample, robot=self._robot, **options)
+
+    @property
+    def _robot(self) -> Callable[[Tensor], Tensor] | None:
+        """Normalised actions to robot units, if the policy can."""
+        return None if getattr(self.policy, "postprocessor", None) is None else self.policy.postprocess
 
 
-def trace(policy: Any, *, attention: bool | Sequence[str] = True) -> Trace:
+def trace(policy: Any, *, attention: bool | str | Sequence[str] = True) -> Trace:
     """Look inside `policy` while a block runs.
 
         with minivla.trace(policy) as t:
@@ -323,9 +378,10 @@ def trace(policy: Any, *, attention: bool | Sequence[str] = True) -> Trace:
     `policy` is one of minivla's, or LeRobot's own ACT (`minivla.upstream`); one that was wrapped by
     `torch.compile` or for distributed training is looked for inside its wrapper, and compiled code runs
     eagerly meanwhile. `attention` chooses the sites whose weights are recomputed and kept: True for all, or
-    names with wildcards (["decoder.*.cross"]). Masks, segments and hidden states are always kept. Costs
-    nothing when it is off.
+    names with wildcards ("decoder.*.cross", or a list). Masks, segments and hidden states are always kept.
+    Costs nothing when it is off. Of several open traces of one policy the innermost records a call; a policy
+    that runs inside another has calls of its own.
 
     Raises TypeError for what is no policy, and for a family of LeRobot's that cannot be looked into yet.
     """
-    return Trace(_bare(policy), attention=attention)
+    return Trace(bare(policy), attention=attention)

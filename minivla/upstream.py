@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from minivla import recorder
 from minivla.policies.act import STATES, describe_act, describe_vae
-from minivla.segments import Segment, arrange
+from minivla.segments import Segment, arrange, camera_names
 
 # ACT: attention modules below policy.model, and the sites they are.
 ACT_SITES = (
@@ -32,6 +32,11 @@ ACT_SITES = (
 def is_lerobot(policy: Any) -> bool:
     """Is this one of LeRobot's policies, or a subclass of one?"""
     return any(cls.__module__.split(".")[0] == "lerobot" for cls in type(policy).__mro__)
+
+
+def sites(policy: Any) -> list[str]:
+    """Where one of LeRobot's policies attends."""
+    return list(act_sites(policy)) if getattr(policy, "name", "") == "act" else []
 
 
 def open_eyes(policy: Any) -> Callable[[], None]:
@@ -57,10 +62,8 @@ def open_eyes(policy: Any) -> Callable[[], None]:
 def _hook_act(policy: Any) -> list[Any]:
     model, config = policy.model, policy.config
     handles = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
-            site = next(re.sub(p, site, name) for p, site in ACT_SITES if re.match(p, name))
-            handles.append(module.register_forward_pre_hook(_attention_hook(site), with_kwargs=True))
+    for site, attention in act_sites(policy).items():
+        handles.append(attention.register_forward_pre_hook(_attention_hook(site), with_kwargs=True))
 
     def saw(module: nn.Module, args: Any, out: Any) -> None:
         if (call := recorder.current()) is not None:
@@ -74,12 +77,35 @@ def _hook_act(policy: Any) -> list[Any]:
 
     if config.image_features:
         handles.append(model.backbone.register_forward_hook(saw))
-    for stack in ("encoder", "decoder"):
-        handles.append(getattr(model, stack).register_forward_hook(_keep_stack(stack)))
+    for stack in ("vae_encoder", "encoder", "decoder"):
+        if (module := getattr(model, stack, None)) is not None:
+            handles.append(module.register_forward_pre_hook(_enter_stack(stack)))
+            handles.append(module.register_forward_hook(_keep_stack(stack)))
     return [*handles, model.register_forward_hook(ended)]
 
 
 FAMILIES: dict[str, Callable[[Any], list[Any]]] = {"act": _hook_act}
+
+
+def act_sites(policy: Any) -> dict[str, nn.MultiheadAttention]:
+    """The attentions of LeRobot's ACT, by site; "_orig_mod" is what `torch.compile` puts into names."""
+    found = {
+        name.replace("_orig_mod.", ""): module
+        for name, module in policy.model.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
+    }
+    return {
+        next(re.sub(p, site, name) for p, site in ACT_SITES if re.match(p, name)): module
+        for name, module in found.items()
+    }
+
+
+def _enter_stack(stack: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        tokens = recorder.enter(stack, rearrange(args[0], "token batch width -> batch token width"))
+        return (rearrange(tokens, "batch token width -> token batch width"), *args[1:])
+
+    return hook
 
 
 def _keep_stack(stack: str) -> Callable[[nn.Module, Any, Tensor], None]:
@@ -119,8 +145,7 @@ def _act_segments(call: recorder.Call, config: Any) -> list[Segment]:
     segments += [
         Segment(name, "state", 1) for key, (name, _) in STATES.items() if key in config.input_features
     ]
-    for key in config.image_features:
+    for key, camera in camera_names(config.image_features).items():
         rows, columns = call.hidden[f"backbone.{key}"].shape[-2:]
-        camera = key.rsplit(".", 1)[-1]
         segments.append(Segment(camera, "image", rows * columns, grid=(rows, columns), image=key))
     return arrange(segments)

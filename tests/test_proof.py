@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -91,6 +93,7 @@ class Sequence(nn.Module):
 
     def __init__(self, segments):
         super().__init__()
+        self.config = SimpleNamespace(input_features={"tokens": None})
         self.segments = arrange(segments)
         self.layers = nn.ModuleList(TransformerLayer(8, 2, 16, site=f"joint.{i}") for i in range(2))
 
@@ -141,3 +144,27 @@ def test_what_is_seen_through_others_is_counted_apart():
     (sequence,) = prove_masks(Sequence(segments), batch).sequences
     assert (sequence.closed, sequence.second_hand, sequence.ok) == (1, 1, True)
     assert "1 closed places are reached through tokens in between" in str(sequence)
+
+
+def test_a_wrapped_policy_is_proven_and_a_poor_batch_refused():
+    policy = tiny_act()
+    batch = tiny_batch(policy)
+    assert prove_masks(torch.compile(policy, backend="eager"), batch).ok
+    with pytest.raises(
+        ValueError, match=r"the batch has nothing; expected observation\.images\.table, .*: give"
+    ):
+        prove_masks(policy, {})
+    with pytest.raises(TypeError, match=r"is a ndarray, expected a tensor: give policy\.preprocess"):
+        prove_masks(policy, {key: value.numpy() for key, value in batch.items() if key != "task"})
+
+
+def test_without_a_copy_rounding_is_a_note_and_a_leak_is_not():
+    """The shipped policy's first head is so sure of itself that float32 knows no other place."""
+    policy = minivla.load("act-tabletop")
+    demos = minivla.world.demonstrations("pick_place", 4, 4321)
+    batch = policy.preprocess(torch.utils.data.default_collate([demos[i] for i in (0, 30, 60, 90)]))
+    proof = prove_masks(policy, batch, exact=False)
+    assert proof.ok
+    assert proof.sequences[0].silent
+    assert "nothing passes (or float32 rounds it to 0)" in str(proof)
+    assert prove_masks(policy, batch, rows=30).ok

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 import warnings
@@ -12,7 +13,8 @@ import torch
 import minivla
 from minivla import recorder, tracing
 from minivla.nn.attention import MultiheadAttention
-from minivla.segments import Segment
+from minivla.proof import prove_masks
+from minivla.segments import Segment, camera_names
 from tests.policies.small import tiny_act, tiny_batch, tiny_raw
 
 
@@ -102,6 +104,77 @@ def test_only_the_sites_asked_for_are_kept():
     assert t.mask is not None
 
 
+def test_one_name_will_do_and_one_that_matches_nothing_is_told():
+    *_, t = traced(attention="decoder.0.cross")
+    assert list(t.attention) == ["decoder.0.cross"]
+    with pytest.warns(UserWarning, match=r"\['decodr\.\*'\] matches no site that was used: encoder\.0, dec"):
+        traced(attention=["decodr.*", "encoder.0"])
+
+
+def test_traces_and_calls_print_in_a_line():
+    *_, t = traced()
+    assert repr(t.calls[0]) == (
+        "Call(predict_action_chunk: 137 tokens in 6 segments, attention at encoder.0, decoder.0.self, "
+        "decoder.0.cross, chunk (2, 6, 2))"
+    )
+    assert repr(t) == f"Trace of ACT, 1 calls: [{t.calls[0]!r}]"
+
+
+def test_what_is_done_to_a_chunk_afterwards_does_not_reach_the_trace():
+    _, batch, chunk, t = traced()
+    chunk.zero_()
+    assert t.chunk.any()
+    assert t.batch is not batch
+
+
+def test_a_padded_sample_and_an_earlier_call_can_be_drawn():
+    policy = tiny_act().train()
+    with minivla.trace(policy) as t:
+        policy(tiny_batch(policy))
+        policy.predict_action_chunk(policy.preprocess(tiny_raw()))
+    assert t.plot_mask("vae_encoder.0", call=0, sample=1)
+    with pytest.raises(ValueError, match="sample is 2; the batch has 2"):
+        t.plot_mask("encoder.0", sample=2)
+    with pytest.raises(ValueError, match="that call was a loss"):
+        t.plot_chunk(call=0)
+
+
+@pytest.mark.parametrize("traced_too", [False, True])
+def test_a_policy_inside_another_has_calls_of_its_own(traced_too):
+    """A student that asks its teacher last: what is shown as the student's is the student's."""
+    student, teacher = tiny_act(), tiny_act(seed=1)
+    batch = student.preprocess(tiny_raw())
+    with minivla.trace(student) as alone:
+        student.predict_action_chunk(batch)
+    student.teacher, own = teacher, student.predict_action_chunk
+    student.predict_action_chunk = lambda batch: (own(batch), teacher.predict_action_chunk(batch))[0]
+    with contextlib.ExitStack() as stack:
+        hers = stack.enter_context(minivla.trace(teacher)) if traced_too else None
+        t = stack.enter_context(minivla.trace(student))
+        student.predict_action_chunk(batch)
+    assert len(t.calls) == 1
+    torch.testing.assert_close(t.attention["encoder.0"], alone.attention["encoder.0"])
+    assert hers is None or len(hers.calls) == 1
+    assert "forward" not in vars(teacher)
+
+
+def test_a_trace_closed_in_another_thread_lets_go_of_the_policy():
+    policy = tiny_act()
+    t = minivla.trace(policy)
+    thread = threading.Thread(target=t.__enter__)
+    thread.start()
+    thread.join()
+    t.__exit__(None, None, None)
+    assert "forward" not in vars(policy)
+
+
+def test_cameras_whose_last_names_are_alike_keep_apart():
+    names = camera_names(["observation.images.left.rgb", "observation.images.right.rgb"])
+    assert list(names.values()) == ["left.rgb", "right.rgb"]
+    assert list(camera_names(["observation.image"]).values()) == ["image"]
+    assert camera_names([]) == {}
+
+
 def test_inference_mode_and_other_policies():
     policy, other = tiny_act(), tiny_act(seed=1)
     batch = policy.preprocess(tiny_raw())
@@ -170,11 +243,13 @@ def test_segments_that_do_not_add_up_are_refused():
         call.segments_at("encoder.0", 3, 3)
 
 
-def test_blocks_record_nothing_when_no_trace_is_on():
-    attention = MultiheadAttention(8, 2)
-    tokens = torch.randn(1, 3, 8)
+def test_blocks_record_nothing_when_no_trace_is_on(monkeypatch):
+    monkeypatch.setattr(recorder.Call, "record_attention", lambda *args, **options: pytest.fail("recorded"))
+    attention, tokens = MultiheadAttention(8, 2), torch.randn(1, 3, 8)
     assert recorder.current() is None
-    assert attention(tokens, tokens, tokens).shape == (1, 3, 8)
+    attention(tokens, tokens, tokens)
+    with pytest.raises(pytest.fail.Exception), recorder.recording(recorder.Call("forward", {})):
+        attention(tokens, tokens, tokens)
 
 
 def test_a_segment_list_that_does_not_add_up_to_the_sequence_is_refused():
@@ -187,10 +262,16 @@ def test_a_segment_list_that_does_not_add_up_to_the_sequence_is_refused():
 
 def test_a_layer_that_was_not_kept_is_named_with_those_that_were():
     *_, t = traced(attention=["decoder.*.cross"])
-    with pytest.raises(ValueError, match=r"'encoder\.0' was not kept; this trace holds decoder\.0\.cross of"):
+    with pytest.raises(KeyError, match=r"nothing was kept at 'encoder\.0', only at decoder"):
+        t.attention["encoder.0"]
+    with pytest.raises(ValueError, match=r"nothing was kept at 'encoder\.0', only at decoder\.0\.cross"):
         t.plot_attention("encoder.0")
-    with pytest.raises(ValueError, match=r"no site 'encoder\.7'; this call has encoder\.0, decoder"):
+    with pytest.raises(ValueError, match=r"nothing was kept at 'encoder\.7', only at encoder\.0, decoder"):
         t.plot_mask("encoder.7")
+    with pytest.raises(ValueError, match="no attention was kept in this call: trace with attention=True"):
+        traced(attention=False)[-1].plot_attention()
+    with pytest.raises(ValueError, match="call is 3; this trace holds 1 calls"):
+        t.plot_tokens(call=3)
     with pytest.raises(ValueError, match="integrated no flow"):
         t.plot_flow()
 
@@ -328,7 +409,7 @@ def test_compiled_code_runs_eagerly_while_it_is_looked_into(how):
     assert called.predict_action_chunk(batch).shape == chunk.shape
 
 
-def test_tracing_lerobots_act_shows_what_tracing_ours_shows():
+def test_tracing_lerobots_act_shows_what_tracing_ours_shows(monkeypatch):
     """Same weights, same batch: sites, segments, masks, attention and hidden states agree."""
     pytest.importorskip("lerobot")
     from tests.policies.test_act_parity import CASES, NOISE, make_batch, make_ours, make_theirs
@@ -344,6 +425,14 @@ def test_tracing_lerobots_act_shows_what_tracing_ours_shows():
         theirs.select_action(observation)
         ours.select_action(observation)
     assert [call.method for call in told.calls] == ["forward", "predict_action_chunk"]
+    assert prove_masks(theirs, batch).ok
+    monkeypatch.setattr(tracing, "MUCH", 10_000)
+    with pytest.warns(UserWarning, match=f"of {len(told.calls[0].masks)} sites"), minivla.trace(theirs):
+        theirs.predict_action_chunk(observation)
+    theirs.model = torch.compile(theirs.model, backend="eager")
+    with minivla.trace(theirs) as compiled:
+        theirs.predict_action_chunk(observation)
+    assert set(compiled.attention) == set(told.calls[1].attention)
     for hers, mine in zip(told.calls, t.calls, strict=True):
         assert hers.segments == mine.segments
         assert torch.equal(hers.mask, mine.mask)
@@ -354,8 +443,9 @@ def test_tracing_lerobots_act_shows_what_tracing_ours_shows():
                     value.float(), getattr(mine, name)[key].float(), rtol=1e-4, atol=1e-5
                 )
         assert set(hers.attention) == set(mine.attention)
-    assert not theirs.model.encoder._forward_hooks
-    assert not theirs.model.decoder.layers[0].self_attn._forward_pre_hooks
+    theirs = theirs.model._orig_mod
+    assert not theirs.encoder._forward_hooks
+    assert not theirs.decoder.layers[0].self_attn._forward_pre_hooks
 
 
 def test_a_family_of_lerobots_that_is_not_mapped_is_refused():

@@ -50,7 +50,7 @@ from minivla.policies.base import (
     group,
     instructions,
 )
-from minivla.segments import Segment, arrange
+from minivla.segments import Segment, arrange, camera_names
 
 # Vectors that become a token each: batch key, name, layer.
 STATES = {
@@ -287,6 +287,7 @@ class ACT(Policy):
             flat.append(instruction)
             segments.append(Segment("instruction", "language", 1))
         tokens, positions = [torch.stack(flat, dim=1)], [self.encoder_1d_feature_pos_embed.weight]
+        cameras = camera_names(self.config.image_features)
         for key, feature_map in self.see(batch, instruction).items():
             recorder.keep(f"backbone.{key}", feature_map)
             rows, columns = feature_map.shape[-2:]
@@ -294,8 +295,7 @@ class ACT(Policy):
             positions.append(
                 sine_positions_2d(rows, columns, self.config.dim_model, latent.device).to(latent.dtype)
             )
-            camera = key.rsplit(".", 1)[-1]
-            segments.append(Segment(camera, "image", rows * columns, grid=(rows, columns), image=key))
+            segments.append(Segment(cameras[key], "image", rows * columns, grid=(rows, columns), image=key))
         return torch.cat(tokens, dim=1), torch.cat(positions), arrange(segments)
 
     def see(self, batch: Batch, instruction: Tensor | None) -> dict[str, Tensor]:
