@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -317,7 +317,7 @@ class Trace:
         self,
         site: str | None = None,
         *,
-        query: int | str = 0,
+        query: SupportsIndex | str = 0,
         head: int | None = None,
         call: int = -1,
         **options: Any,

@@ -23,7 +23,7 @@ from minivla.files import atomic_write
 from minivla.recorder import Flow
 from minivla.viz import flow as flow_figures
 from minivla.viz import palette
-from minivla.viz.pictures import as_picture
+from minivla.viz.pictures import as_picture, finite
 
 MOST = 1_000_000  # bytes of a GIF in a notebook
 SIDE = 256  # small pictures are enlarged to about this height, by a whole factor
@@ -141,10 +141,13 @@ def animate_flow(
             flow_figures.draw_paths(ax, plane[: k + 1], sample, times[: k + 1], named=False)
             if long:
                 _draw_chunk(palette.axes_at(figure, 3.5, 0.42, 2.85, 2.1), x, k, dimensions, sample)
-            palette.headline(figure, f"Sampler step {k} of {len(times) - 1}, time {times[k]:.2f}")
+            palette.headline(
+                figure, f"Sampler step {k} of {len(times) - 1}, time {flow_figures.clock(times[k])}"
+            )
         frames.append(figure_frame(figure, round(100 * figure.get_size_inches()[0])))
         plt.close(figure)
-    told = f"{x.shape[1]} samples move from noise to actions in {len(times) - 1} sampler steps"
+    who, steps = palette.counted(x.shape[1], "sample"), palette.counted(len(times) - 1, "sampler step")
+    told = f"{who} {'move' if x.shape[1] > 1 else 'moves'} from noise to actions in {steps}"
     return show_gif(frames, fps, alt=told if alt is None else alt, most=most)
 
 
@@ -192,7 +195,8 @@ def check_film(frames: Iterable[Any], fps: float) -> list[np.ndarray]:
 def _draw_chunk(ax: Axes, values: np.ndarray, k: int, dimensions: tuple[int, int], sample: int) -> None:
     """Two dimensions of the chunks (N + 1, B, H, A) over the horizon, at sampler step k."""
     steps, shown = np.arange(values.shape[2]), values[:, sample][..., dimensions]
-    low, high = shown.min(), max(shown.max(), shown.min() + 1e-6)
+    known = finite(shown) if np.isfinite(shown).any() else np.zeros(1)
+    low, high = known.min(), max(known.max(), known.min() + 1e-6)
     ax.set(xlim=(0, len(steps) - 1), ylim=(low - 0.05 * (high - low), high + 0.2 * (high - low)))
     ax.set(xlabel="step of the chunk", ylabel="action (normalised)")
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))

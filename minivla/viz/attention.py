@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 from einops import rearrange, reduce
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from minivla.data.features import MissingKey
-from minivla.recorder import Call
+from minivla.recorder import Call, NotKept
 from minivla.segments import Segment
 from minivla.viz import palette
 from minivla.viz.layout import check_segments
@@ -23,18 +24,23 @@ from minivla.viz.pictures import as_array, as_picture
 
 COLOURS = "viridis"
 STRIKING = 8.0  # times the even share, from which a title names a patch
+MORE = 2.0  # times what the patch gets, from which a title rather names a segment without patches
 LEFT, TOP, GAP, STRIP, BAR = 0.15, 0.7, 0.12, 1.15, 0.27  # inches
+LINE = 0.15  # inches, of a label
+SCALE = "attention on one patch (root scale; most: framed)"
 
 
 def plot_attention(
     call: Call,
     site: str,
     *,
-    query: int | str = 0,
+    query: SupportsIndex | str = 0,
     head: int | None = None,
     sample: int = 0,
     images: Mapping[str, Any] | None = None,
     title: str | None = None,
+    camera: str | None = None,
+    ax: Axes | None = None,
 ) -> Figure:
     """What one query of one attention site looks at: patches of the cameras, and shares of the segments.
 
@@ -43,6 +49,7 @@ def plot_attention(
     head: None for the mean of all.
     images: {key: (3, H, W) or (H, W, 3)} to draw under the patches; without it the normalised images of the
     batch, rescaled for display.
+    ax, camera: as in `plot_look`.
 
     KeyError for a site that was not kept, a segment or an image that is not there; ValueError for a position,
     head or sample out of range.
@@ -54,7 +61,7 @@ def plot_attention(
     if title is None:
         heads = "mean of all heads" if head is None else f"head {head}"
         title = f"{asker(query, queries)} {attention_title(weights, keys)}\n{site}, {heads}"
-    return plot_look(weights, keys, images, title=title)
+    return plot_look(weights, keys, images, title=title, camera=camera, ax=ax)
 
 
 def plot_look(
@@ -63,12 +70,19 @@ def plot_look(
     images: Mapping[str, Any],
     *,
     title: str | None = None,
+    camera: str | None = None,
+    ax: Axes | None = None,
 ) -> Figure:
     """Attention that is already a row of weights (K,), adding up to 1, over keys that `segments` name.
 
     images: {batch key: image (3, H, W) or (H, W, 3) in [0, 1]} for the segments with a grid. The scale
-    starts at 0, and its mark "even" is what every token would get if all got the same; the same mark is on
-    the bars. KeyError for an absent image.
+    starts at 0 and goes with the root, so that a single strong patch does not hide all others; its mark
+    "even" is what every token would get if all got the same; the same mark is on the bars.
+    ax: draw one camera there, without scale and bars: the one named `camera`, else that of the strongest
+    patch.
+
+    KeyError for an absent image or camera; ValueError for weights that are no softmax row, for `camera`
+    without `ax`, and for `ax` where no segment is a camera.
     """
     row = _check_weights(weights)
     segments = check_segments(segments, len(row), "key ")
@@ -80,8 +94,10 @@ def plot_look(
             "Pass images={key: image}"
         )
     title = f"This query {attention_title(row, segments)}" if title is None else title
+    if ax is not None or camera is not None:
+        return _draw_alone(ax, _one_camera(cameras, camera, row), images, row, title)
     lines = palette.wrapped(title, palette.WIDTH - 0.25).count("\n") + 1
-    top = TOP + 0.17 * max(0, lines - 2)
+    top = TOP + 0.17 * (lines - 2) + LINE * _name_lines(cameras)
     with palette.style():
         figure = _sheet(top, cameras, strips, segments)
         if cameras:
@@ -97,11 +113,11 @@ def plot_look(
 
 
 def attention_weights(
-    call: Call, site: str, *, query: int | str = 0, head: int | None = None, sample: int = 0
+    call: Call, site: str, *, query: SupportsIndex | str = 0, head: int | None = None, sample: int = 0
 ) -> Tensor:
     """The row of weights (K,) that `plot_attention` draws; adds up to 1. Same arguments, same errors."""
     if site not in call.attention:
-        raise MissingKey(
+        raise NotKept(
             f"attention site {site!r} was not kept; this call holds {', '.join(call.attention) or 'none'}"
         )
     attention = call.attention[site]
@@ -110,10 +126,11 @@ def attention_weights(
         if value is not None and not 0 <= value < size:
             raise ValueError(f"{what} is {value}; site {site!r} has {size}: expected 0 to {size - 1}")
     start, stop = positions(query, check_segments(call.sites[site][0], length, "query "))
-    rows = (
-        attention[sample, :, start:stop] if head is None else attention[sample, head : head + 1, start:stop]
-    )
-    return reduce(rows.float(), "head query key -> key", "mean")
+    heads_asked = slice(None) if head is None else slice(head, head + 1)
+    rows = attention[sample, heads_asked, start:stop].float()
+    # rows of a half-precision policy add up to 1 only roughly; one that sees nothing stays 0
+    rows = rows / rows.sum(-1, keepdim=True).clamp(min=0.5)
+    return reduce(rows, "head query key -> key", "mean")
 
 
 def attention_shares(weights: Tensor | np.ndarray, segments: Sequence[Segment]) -> dict[str, float]:
@@ -130,8 +147,8 @@ def striking_patch(
 ) -> tuple[str, int, int] | None:
     """Camera, row and column (from 0, row 0 on top) of the patch that a title should name, or None.
 
-    weights (K,). It is the brightest patch of all cameras, if it gets `times` the even share and if its
-    camera gets more than any other segment.
+    weights (K,). It is the brightest patch of all cameras, if it gets `times` the even share, and unless a
+    segment without patches gets more than twice as much.
     """
     row = _check_weights(weights)
     shares = attention_shares(row, segments)
@@ -140,7 +157,9 @@ def striking_patch(
         return None
     s = max(cameras, key=lambda camera: row[camera.start : camera.stop].max())
     place, (_, columns) = int(row[s.start : s.stop].argmax()), s.grid or (1, 1)
-    striking = row[s.start + place] * len(row) >= times and shares[s.name] == max(shares.values())
+    share = row[s.start + place]
+    rival = max((shares[other.name] for other in segments if other.grid is None), default=0.0)
+    striking = share * len(row) >= times and rival <= MORE * share
     return (s.name, *divmod(place, columns)) if striking else None
 
 
@@ -175,19 +194,21 @@ def _check_weights(weights: Tensor | np.ndarray) -> np.ndarray:
     return row
 
 
-def positions(query: int | str, segments: Sequence[Segment]) -> tuple[int, int]:
+def positions(query: SupportsIndex | str, segments: Sequence[Segment]) -> tuple[int, int]:
     """First and one past the last position of a query: one token, or a segment by name.
 
-    Raises ValueError for a position out of range, KeyError for an unknown name.
+    A position may be any whole number: int, NumPy's, or a tensor without dimensions. Raises ValueError for
+    one out of range, KeyError for an unknown name, TypeError for what is neither.
     """
     length = sum(s.length for s in segments)
-    if isinstance(query, int):
-        if not 0 <= query < length:
+    if not isinstance(query, str):
+        place = operator.index(query)
+        if not 0 <= place < length:
             raise ValueError(
-                f"query is {query}; this site has {length} queries: expected 0 to {length - 1}, "
+                f"query is {place}; this site has {length} queries: expected 0 to {length - 1}, "
                 "or the name of a segment"
             )
-        return query, query + 1
+        return place, place + 1
     named = [s for s in segments if s.name == query]
     if not named:
         raise MissingKey(
@@ -196,12 +217,13 @@ def positions(query: int | str, segments: Sequence[Segment]) -> tuple[int, int]:
     return named[0].start, named[0].stop
 
 
-def asker(query: int | str, segments: Sequence[Segment]) -> str:
+def asker(query: SupportsIndex | str, segments: Sequence[Segment]) -> str:
     """What a title calls the query: its segment, and its place inside where there are several."""
     if isinstance(query, str):
         return query.capitalize()
-    s = next(s for s in segments if s.start <= query < s.stop)
-    return s.name.capitalize() if s.length == 1 else f"{s.name.capitalize()}[{query - s.start}]"
+    place = operator.index(query)
+    s = next(s for s in segments if s.start <= place < s.stop)
+    return s.name.capitalize() if s.length == 1 else f"{s.name.capitalize()}[{place - s.start}]"
 
 
 def shown(batch: Mapping[str, Any], keys: Sequence[Segment], sample: int) -> dict[str, np.ndarray]:
@@ -228,7 +250,7 @@ def _sheet(
     top: float, cameras: Sequence[Segment], strips: Sequence[Segment], segments: Sequence[Segment]
 ) -> Figure:
     if cameras:
-        below = _side(len(cameras)) + 0.55
+        below = _side(len(cameras)) + 0.42 + LINE * _scale_label(_end(len(cameras)) - LEFT).count("\n") + LINE
     else:
         below = BAR * len(segments) + 0.55 if len(segments) > 1 else -0.3
     return palette.sheet(top + below + STRIP * len(strips), layout=None)
@@ -243,15 +265,66 @@ def _draw_cameras(
     for i, s in enumerate(cameras):
         ax = palette.axes_at(figure, LEFT + i * (side + GAP), top, side, side)
         _draw_camera(ax, s, as_picture(images[s.image or ""]), row[s.start : s.stop], most)
+        ax.set_title(_camera_name(s, side), fontsize=palette.FONT, fontweight="normal", pad=4)
     _draw_scale(palette.axes_at(figure, LEFT, top + side + 0.1, end - LEFT, 0.08), most, 1 / len(row))
+
+
+def _camera_name(segment: Segment, side: float) -> str:
+    """A camera's name and patches, in two lines where one is too long for a picture `side` inches wide."""
+    name, patches = segment.name, "{} × {} patches".format(*(segment.grid or (1, 1)))
+    told = f"{name}, {patches}"
+    if palette.text_width(told) <= side:
+        return told
+    patches = patches if palette.text_width(patches) <= side else patches.removesuffix(" patches")
+    return f"{palette.shortened(name, side)}\n{patches}"
+
+
+def _name_lines(cameras: Sequence[Segment]) -> int:
+    """Lines above the pictures beyond the first."""
+    return max((_camera_name(s, _side(len(cameras))).count("\n") for s in cameras), default=0)
+
+
+def _scale_label(inches: float) -> str:
+    return palette.wrapped(SCALE, inches, palette.FONT, "normal")
+
+
+def _one_camera(cameras: Sequence[Segment], name: str | None, row: np.ndarray) -> Segment:
+    """The camera of that name, or the one with the strongest patch."""
+    told = ", ".join(s.name for s in cameras) or "none"
+    if not cameras:
+        raise ValueError("there is no camera to draw on these axes: no segment has a grid; leave out ax")
+    if name is None:
+        return max(cameras, key=lambda s: row[s.start : s.stop].max())
+    if name not in [s.name for s in cameras]:
+        raise MissingKey(f"no camera is called {name!r}; the cameras here are {told}")
+    return next(s for s in cameras if s.name == name)
+
+
+def _draw_alone(
+    ax: Axes | None, camera: Segment, images: Mapping[str, Any], row: np.ndarray, title: str
+) -> Figure:
+    """One camera on axes of the caller's."""
+    if ax is None:
+        raise ValueError(f"camera is {camera.name!r}, but there is no ax: all cameras are drawn without one")
+    weights = row[camera.start : camera.stop]
+    with palette.style():
+        figure, ax = palette.panel(ax, 0)
+        picture = as_picture(images[camera.image or ""])
+        _draw_camera(ax, camera, picture, weights, max(1e-12, weights.max()))
+        palette.entitle(ax, title, own=False)
+    return figure
 
 
 def _shares_axes(figure: Figure, top: float, cameras: int, segments: Sequence[Segment]) -> Axes:
     """The room that is left beside the cameras, after the segments' names."""
-    names = max(palette.text_width(s.name, palette.FONT - 1) for s in segments)
+    names = max(palette.text_width(name, palette.FONT - 1) for name in _bar_names(segments))
     left = _end(cameras) + 0.25 + names
     height = _side(cameras) if cameras else BAR * len(segments)
     return palette.axes_at(figure, left, top, palette.WIDTH - 0.2 - left, height)
+
+
+def _bar_names(segments: Sequence[Segment]) -> list[str]:
+    return [palette.shortened(s.name, 1.1, palette.FONT - 1) for s in segments]
 
 
 def _draw_camera(ax: Axes, segment: Segment, picture: np.ndarray, weights: np.ndarray, most: float) -> None:
@@ -261,8 +334,8 @@ def _draw_camera(ax: Axes, segment: Segment, picture: np.ndarray, weights: np.nd
     height, width = picture.shape[:2]
     frame = (-0.5, width - 0.5, height - 0.5, -0.5)
     ax.imshow(picture, extent=frame)
-    veil = 0.1 + 0.5 * heat / most
-    look: dict[str, Any] = {"cmap": COLOURS, "vmin": 0, "vmax": most, "interpolation": "nearest"}
+    veil = 0.1 + 0.5 * np.sqrt(heat / most)
+    look: dict[str, Any] = {"cmap": COLOURS, "norm": PowerNorm(0.5, 0, most), "interpolation": "nearest"}
     ax.imshow(heat, extent=frame, alpha=veil, gid="attention", **look)
     row, column = np.unravel_index(heat.argmax(), heat.shape)
     if heat[row, column] == most:  # the strongest patch of all cameras
@@ -273,25 +346,27 @@ def _draw_camera(ax: Axes, segment: Segment, picture: np.ndarray, weights: np.nd
             ax.add_patch(box)
     ax.set(xlim=frame[:2], ylim=frame[2:], xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
-    ax.set_title(
-        f"{segment.name}, {rows} × {columns} patches", fontsize=palette.FONT, fontweight="normal", pad=4
-    )
 
 
 def _draw_scale(ax: Axes, most: float, even: float) -> None:
-    """The colour scale, from 0 to the strongest patch; "even" is what all would get if all got the same."""
+    """The colour scale, from 0 to the strongest patch; "even" is what all would get if all got the same.
+
+    Half way along stands a quarter of the most, since it goes with the root.
+    """
+    inches = palette.inches(ax)
     bar = palette.figure_of(ax).colorbar(
-        ScalarMappable(Normalize(0, most), COLOURS), cax=ax, orientation="horizontal"
+        ScalarMappable(PowerNorm(0.5, 0, most), COLOURS), cax=ax, orientation="horizontal"
     )
     bar.outline.set_visible(False)
-    bar.set_label("attention on one patch (most: framed)", labelpad=1)
-    marked = 0.1 * most < even < 0.85 * most
-    bar.set_ticks(
-        [0, even, most] if marked else [0, most],
-        labels=["0", "even", f"{most:.2g}"] if marked else ["0", f"{most:.2g}"],
-    )
-    if marked:
+    bar.set_label(_scale_label(inches), labelpad=1)
+    along = inches * np.sqrt(even / most)
+    if marked := 0.4 < along < inches - 0.4:
         ax.axvline(even, color="white", linewidth=1.5)
+    quarter = {} if marked and abs(along - inches / 2) < 0.4 else {most / 4: f"{most / 4:.2g}"}
+    places = {0.0: "0", most: f"{most:.2g}", **quarter, **({even: "even"} if marked else {})}
+    places = dict(sorted(places.items()))
+    bar.set_ticks(list(places), labels=list(places.values()))
+    bar.minorticks_off()
     first, *_, last = ax.get_xticklabels()
     first.set_horizontalalignment("left")
     last.set_horizontalalignment("right")
@@ -307,12 +382,14 @@ def _draw_shares(ax: Axes, segments: Sequence[Segment], row: np.ndarray) -> None
     reach = max(*shares, *even)
     for i, share in enumerate(shares):
         ax.text(max(share, even[i]) + 0.03 * reach, i, f"{share:.2f}", va="center", fontsize=palette.FONT - 1)
-    ax.set_yticks(y, [s.name for s in segments])
+    ax.set_yticks(y, _bar_names(segments))
     ax.set(xlim=(0, reach * 1.25), ylim=(len(segments) - 0.4, -0.6))
     step = next(step for step in (0.02, 0.05, 0.1, 0.2, 0.5) if reach / step < 5 or step == 0.5)
     ax.set_xticks(np.arange(0, min(1.0, reach * 1.2) + 1e-9, step))
     ax.tick_params(axis="y", length=0)
-    ax.set_xlabel("share of the attention\n(tick: even)")
+    ax.set_xlabel(
+        "share of the attention\n(tick: even)", loc="center" if palette.inches(ax) > 1.4 else "right"
+    )
 
 
 def _draw_strip(ax: Axes, segment: Segment, weights: np.ndarray, even: float) -> None:

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from minivla.viz import palette
-from minivla.viz.pictures import as_array, as_picture
+from minivla.viz.pictures import as_array, as_picture, gaps
 
 PREDICTED, EXPERT = palette.KIND_COLOURS["action"], palette.INK
 # Named paths: vermilion, blue, green, mauve, which colour-blind eyes tell apart; then the same, dashed.
@@ -32,13 +32,17 @@ def plot_chunk(
     n_action_steps: int | None = None,
     sample: int = 0,
     title: str | None = None,
+    dimension: int | None = None,
+    ax: Axes | None = None,
 ) -> Figure:
     """A predicted chunk, one panel a dimension: robot units on the left axis, normalised on the right.
 
     normalised, robot_units (B, H, A) or (H, A), the same chunk twice; without robot_units everything is
     normalised, the expert too. expert, in robot units, and valid (B, H) likewise. Steps that are not valid
     are padding: hatched, and no expert is drawn there. n_action_steps marks where the policy looks again.
-    Raises ValueError for shapes that do not match and for a wrong number of names.
+    Values that are not finite leave a gap, and the title counts them. dimension: only this one; ax: draw it
+    there (the first one, if `dimension` is None).
+    Raises ValueError for shapes that do not match, a wrong number of names and a dimension out of range.
     """
     scaled = _one(normalised, sample, 2, "normalised")
     chunk = scaled if robot_units is None else _one(robot_units, sample, 2, "robot_units")
@@ -56,17 +60,27 @@ def plot_chunk(
     names, units = _labels(names, size, "names", "action"), _labels(units, size, "units", "")
     with palette.style():
         told = [f"{name}\n({unit})" if unit else name for name, unit in zip(names, units, strict=True)]
-        figure, axes, tall = _sheet(told)
-        for i, ax in enumerate(axes):
-            _draw_dimension(ax, chunk[:, i], None if shown is None else shown[:, i], real)
-            ax.set_ylabel(palette.wrapped(told[i], tall, palette.FONT, "normal"))
-            _second_scale(ax, chunk[:, i], scaled[:, i])
+        drawn = _dimensions(dimension, size, alone=ax is not None)
+        figure, axes, tall = _sheet([told[i] for i in drawn], ax)
+        for i, panel in zip(drawn, axes, strict=True):
+            _draw_dimension(panel, chunk[:, i], None if shown is None else shown[:, i], real)
+            panel.set_ylabel(palette.wrapped(told[i], tall, palette.FONT, "normal"))
+            _second_scale(panel, chunk[:, i], scaled[:, i])
             if n_action_steps is not None and n_action_steps < horizon:
-                _mark_replanning(ax, n_action_steps, first=i == 0)
-        _finish(axes, shown is not None, size)
+                _mark_replanning(panel, n_action_steps, first=panel is axes[0])
+        _finish(axes, shown is not None, len(drawn))
         found = chunk_title(scaled, chunk, shown, real, names) if title is None else title
-        palette.headline(figure, found)
+        palette.entitle(axes[0], found, own=ax is None)
     return figure
+
+
+def _dimensions(dimension: int | None, size: int, *, alone: bool) -> list[int]:
+    """Which dimensions get a panel. Raises ValueError for one that the chunk has not."""
+    if dimension is None:
+        return [0] if alone else list(range(size))
+    if not 0 <= dimension < size:
+        raise ValueError(f"dimension is {dimension}; the chunk has {size}: expected 0 to {size - 1}")
+    return [dimension]
 
 
 def chunk_title(
@@ -76,9 +90,14 @@ def chunk_title(
     valid: np.ndarray,
     names: Sequence[str],
 ) -> str:
-    """The finding: which dimension is furthest from the expert, judged in normalised units."""
-    horizon = f"{len(chunk)} actions from one look"
-    if expert is None or not valid.any():
+    """The finding: values that are not finite, else which dimension is furthest from the expert, judged in
+    normalised units.
+    """
+    horizon = f"{palette.counted(len(chunk), 'action')} from one look"
+    if not (np.isfinite(chunk) & np.isfinite(normalised)).all():
+        lost = int((~(np.isfinite(chunk) & np.isfinite(normalised))).sum())
+        return f"{horizon}; {lost} of {palette.counted(chunk.size, 'value')} not finite"
+    if expert is None or not valid.any() or not np.isfinite(expert[valid]).all():
         return horizon
     slopes = [_affine(chunk[:, i], normalised[:, i]) for i in range(chunk.shape[1])]
     error = np.abs(chunk - expert)[valid].mean(axis=0)
@@ -164,8 +183,11 @@ def _labels(given: Sequence[str] | None, size: int, what: str, default: str) -> 
     return list(given)
 
 
-def _sheet(labels: Sequence[str]) -> tuple[Figure, list[Axes], float]:
+def _sheet(labels: Sequence[str], ax: Axes | None) -> tuple[Figure, list[Axes], float]:
     """Panels one above the other, from eight on in two columns, and how long a line of a label may be."""
+    if ax is not None:
+        figure, ax = palette.panel(ax, 0)
+        return figure, [ax], ax.get_window_extent().height / figure.dpi
     size = len(labels)
     columns = 1 if size < 8 else 2
     rows = math.ceil(size / columns)
@@ -178,12 +200,12 @@ def _sheet(labels: Sequence[str]) -> tuple[Figure, list[Axes], float]:
 
 
 def _draw_dimension(ax: Axes, chunk: np.ndarray, expert: np.ndarray | None, valid: np.ndarray) -> None:
-    steps = np.arange(len(chunk))
+    steps, chunk = np.arange(len(chunk)), gaps(chunk)
     for step in steps[~valid]:
         ax.axvspan(step - 0.5, step + 0.5, **palette.PADDING, zorder=0)
     if expert is not None:
         dots: dict[str, Any] = {"linewidth": 1.1, "linestyle": (0, (3, 2)), "marker": "o", "markersize": 2.6}
-        ax.plot(steps, np.where(valid, expert, np.nan), color=EXPERT, **dots, gid="expert")
+        ax.plot(steps, np.where(valid, gaps(expert), np.nan), color=EXPERT, **dots, gid="expert")
     thin: dict[str, Any] = {"marker": "o", "markersize": 2.5, "linewidth": 1, "alpha": 0.5}
     ax.plot(steps, chunk, color=PREDICTED, **thin, gid="predicted")
     real = np.where(valid, chunk, np.nan)
@@ -195,7 +217,9 @@ def _draw_dimension(ax: Axes, chunk: np.ndarray, expert: np.ndarray | None, vali
 
 def _affine(x: np.ndarray, y: np.ndarray) -> tuple[float, float] | None:
     """(a, b) with y = a x + b, or None when the points do not lie on one line or are all the same."""
-    if np.ptp(x) < 1e-9 or np.ptp(y) < 1e-9:
+    known = np.isfinite(x) & np.isfinite(y)
+    x, y = x[known], y[known]
+    if len(x) < 2 or np.ptp(x) < 1e-9 or np.ptp(y) < 1e-9:
         return None
     a, b = np.polyfit(x.astype(float), y.astype(float), 1)
     return (float(a), float(b)) if np.abs(a * x + b - y).max() < 1e-2 * np.ptp(y) else None
@@ -203,7 +227,7 @@ def _affine(x: np.ndarray, y: np.ndarray) -> tuple[float, float] | None:
 
 def _second_scale(ax: Axes, chunk: np.ndarray, scaled: np.ndarray) -> None:
     line = _affine(chunk, scaled)
-    if line is None or np.allclose(chunk, scaled):
+    if line is None or np.allclose(chunk, scaled, equal_nan=True):
         return
     a, b = line
     right = ax.secondary_yaxis(
@@ -282,7 +306,7 @@ def _name_paths(ax: Axes, *, beside: bool) -> None:
 def _path_title(many: Sequence[np.ndarray], labels: Sequence[str] | None) -> str:
     steps = len(many[-1]) - 1
     if len(many) == 1:
-        return f"One look commands {steps} steps"
+        return f"One look commands {palette.counted(steps, 'step')}"
     if labels is not None:
-        return f"{len(many)} chunks of {steps} steps"
-    return f"{len(many)} looks, {steps} steps each: the last is strongest"
+        return f"{palette.counted(len(many), 'chunk')} of {palette.counted(steps, 'step')}"
+    return f"{len(many)} looks, {palette.counted(steps, 'step')} each: the last is strongest"

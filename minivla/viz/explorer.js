@@ -175,29 +175,53 @@ function closedText({ sequence, may }) {
 
 const mostOf = (shares) => shares.reduce((a, b) => (b.share > a.share ? b : a));
 
-function headline({ site, shares, reverse }) {
+// The tokens that a site shows to a token, or that may look at it there.
+const offered = ({ site, reverse, may }) => (reverse ? site.queries : site.keys).filter((t) => may[t]);
+
+// The one patch that should be named, as in viz.attention: eight times the even share, and no segment without
+// patches gets more than twice as much.
+function summit(look) {
+  const { sequence, reverse, weights, shares } = look;
+  const patches = reverse ? [] : offered(look).filter((t) => sequence.segmentOf[t].grid);
+  if (!patches.length) return null;
+  const token = patches.reduce((a, b) => (weights[b] > weights[a] ? b : a));
+  const rival = Math.max(0, ...shares.filter((s) => !s.segment.grid).map((s) => s.share));
+  const striking = weights[token] * offered(look).length >= 8 && rival <= 2 * weights[token];
+  return striking ? { token, share: weights[token] } : null;
+}
+
+function headline(look) {
+  const { sequence, site, shares, reverse } = look;
   if (!site || !mostOf(shares).share) return "Attention";
+  const patch = summit(look);
+  if (patch) return `${percent(patch.share)} goes to one patch, ${sequence.title(patch.token)}`;
   const { segment, share } = mostOf(shares);
   return reverse ? `Seen most by ${segment.name}` : `${percent(share)} goes to ${segment.name}`;
 }
 
 function sayText(look) {
-  const { sequence, reverse, token, may, site, shares, count } = look;
+  const { sequence, reverse, token, site, shares, count } = look;
   const name = sequence.title(token);
   const verb = reverse ? "may be looked at by" : "may look at";
-  const first = `${name} ${verb} ${count ? count : "none"} of ${sequence.length}${closedText(look)}.`;
+  const all = `${sequence.length} token${sequence.length === 1 ? "" : "s"} of the sequence`;
+  const first = `${name} ${verb} ${count ? count : "none"} of ${all}${closedText(look)}.`;
   if (!site) {
     if (!sequence.sites.length) return `${first} No attention was recorded: this is the mask.`;
     return `${first} No attention ${reverse ? "to" : "of"} this token was kept.`;
   }
-  const where = `At ${site.name}, ${headText(look)},`;
+  const many = offered(look).length;
+  const tokens = `${many} token${many === 1 ? "" : "s"}`;
+  const shown = reverse ? `${tokens} look${many === 1 ? "s" : ""}` : `it is shown ${tokens}`;
+  const where = `At ${site.name} ${shown} (${headText(look)}):`;
   const best = mostOf(shares);
   if (!best.share) return `${first} ${where} ${reverse ? "nobody looks at it" : "it looks at nothing"}.`;
   const even = `(even: ${percent(best.even)})`;
   const each = best.segment.length > 1 ? " each, on average" : "";
+  const patch = summit(look);
+  const alone = patch ? `, ${percent(patch.share)} to one patch, ${sequence.title(patch.token)}` : "";
   const found = reverse
     ? `it is seen most by ${best.segment.name}: ${percent(best.share)} of the attention there${each} ${even}`
-    : `${percent(best.share)} of its attention goes to ${best.segment.name} ${even}`;
+    : `${percent(best.share)} of its attention goes to ${best.segment.name} ${even}${alone}`;
   return `${first} ${where} ${found}.`;
 }
 
@@ -392,6 +416,8 @@ function bar({ segment, index, share, even }, reach, data) {
 
 // -- pictures ---------------------------------------------------------------------------------------------
 
+const VEIL = 0.5; // how dark a patch without attention is: things on it can still be told by their colours
+
 function picturesPanel(sequence, data, act) {
   const cameras = sequence.segments.filter((s) => s.grid);
   if (!cameras.length) return null;
@@ -411,7 +437,7 @@ function picturesText({ weights, reverse, site }, most) {
   if (!weights) return "Clear where it may look, hatched where it may not.";
   if (!most) return `No patch ${reverse ? "looks at it" : "is looked at"} at ${site.name}.`;
   const clear = reverse ? "gives it" : "gets";
-  return `The clearer a patch, the more attention it ${clear}; thin frame: the most, ${percent(most)}.`;
+  return `The clearer a patch, the more attention it ${clear} (root scale); thin frame: the most, ${percent(most)}.`;
 }
 
 function camera(s, sequence, data, act) {
@@ -459,7 +485,7 @@ function drawPatches(ink, s, look, most, [wide, high], pictured) {
     const place = [(i % columns) * wide, Math.floor(i / columns) * high, wide, high];
     const strength = taking ? Math.sqrt(look.weights[token] / (most || 1)) : look.weights ? 0.4 : 1;
     if (!look.may[token]) hatch(ink, ...place);
-    else if (pictured) veil(ink, `rgba(24, 24, 24, ${(0.7 * (1 - strength)).toFixed(3)})`, place);
+    else if (pictured) veil(ink, `rgba(24, 24, 24, ${(VEIL * (1 - strength)).toFixed(3)})`, place);
     else veil(ink, `rgba(0, 114, 178, ${(0.08 + 0.92 * strength).toFixed(3)})`, place);
   }
   const box = (token) => [((token - s.start) % columns) * wide, Math.floor((token - s.start) / columns) * high, wide, high];
@@ -567,12 +593,12 @@ function maskPanel(sequence, data, act) {
   };
   pointed(svg, tokenAt, act);
   const closed = el("p", { class: "scale" });
-  const legend = el("p", { class: "scale" }, "Rows look, columns are looked at, in the same order. Filled: may.");
+  const legend = el("p", { class: "scale" }, "The whole sequence: rows look, columns are looked at, in the same order. Filled: may. A site may show fewer.");
   const node = panel("mask", "", svg, closed, legend);
   const draw = (look) => {
     band.replaceChildren(...bandOf(look, edges, left, data));
     const verb = look.reverse ? "May be looked at by" : "May look at";
-    node.firstChild.textContent = `${verb} ${look.count} of ${sequence.length}`;
+    node.firstChild.textContent = `${verb} ${look.count} of ${sequence.length} tokens`;
     closed.textContent = closedText(look).slice(2) || "nothing is closed to it";
     svg.setAttribute("aria-label", `Mask, ${sequence.length} by ${sequence.length}. ${look.reverse ? "Column" : "Row"} of ${sequence.title(look.token)}: ${look.count} open`);
   };
@@ -780,7 +806,7 @@ function sequenceChoice(sequences, onChange) {
 function legend(sequence) {
   const key = (name, text) => el("span", { class: "key" }, el("i", { class: `cell ${name}`, "aria-hidden": "true" }), text);
   const open = sequence.sites.length
-    ? [key("open full", "looked at: the larger, the more"), key("open", "may look, hardly does")]
+    ? [key("open full", "looked at: the larger, the more (root scale)"), key("open", "may look, hardly does")]
     : [key("open full", "may look")];
   return el("p", { class: "legend" }, ...open, key("", "may not look"));
 }

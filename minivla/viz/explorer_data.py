@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
 from minivla.recorder import Call
 from minivla.segments import Segment, arrange
@@ -240,7 +239,7 @@ def _sequence(stretch: Stretch, kept: Sequence[str], call: Call, plan: Plan, sam
     for site in (site for site in stretch.sites if site in kept):
         queries, keys = stretch.sites[site]
         rows_kept = _kept_rows(stretch, queries, plan)
-        weights = _array(call.attention[site][sample])[:, rows_kept]
+        weights = as_array(call.attention[site][sample])[:, rows_kept]
         heads = weights.shape[0]
         if rows_kept.any():
             weights = weights if plan.heads else weights.mean(axis=0, keepdims=True)
@@ -296,7 +295,7 @@ def chunk_steps(call: Call, *, sample: int, robot: Robot | None, names: Any) -> 
     times = None
     if call.flow is not None:
         across = call.flow.x.shape[-1] if call.chunk is None else call.chunk.shape[-1]
-        moving, times = call.flow.x[:, sample, :, :across], [_rounded(t) for t in _array(call.flow.times)]
+        moving, times = call.flow.x[:, sample, :, :across], [_rounded(t) for t in as_array(call.flow.times)]
         if len(times) != len(moving):
             raise ValueError(
                 f"the flow has {len(times)} times and {len(moving)} points; expected as many (N + 1)"
@@ -311,9 +310,9 @@ def chunk_steps(call: Call, *, sample: int, robot: Robot | None, names: Any) -> 
             f"names has {len(names)} entries ({', '.join(map(str, names))}), the chunk {size} dimensions; "
             "give one for each"
         )
-    units = {"normalised": _array(moving)}
+    units = {"normalised": as_array(moving)}
     if robot is not None:
-        units["robot"] = np.stack([_array(robot(step[None]))[0] for step in moving])
+        units["robot"] = np.stack([as_array(robot(step[None]))[0] for step in moving])
         if units["robot"].shape != tuple(moving.shape):
             raise ValueError(
                 f"robot turned a chunk of shape {tuple(moving.shape[1:])} into {units['robot'].shape[1:]}; "
@@ -376,10 +375,6 @@ def _ranges(positions: np.ndarray) -> list[list[int]]:
 
 def _text(array: np.ndarray) -> str:
     return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode("ascii")
-
-
-def _array(value: Any) -> np.ndarray:
-    return as_array(value.float() if isinstance(value, Tensor) else value)
 
 
 def _rounded(value: Any) -> float | None:

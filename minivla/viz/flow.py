@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 
 from minivla.recorder import Flow
 from minivla.viz import palette
-from minivla.viz.pictures import as_array
+from minivla.viz.pictures import as_array, finite, gaps
 
 Field = Callable[[torch.Tensor, float], Any] | tuple[Any, Any]
 
@@ -51,7 +51,8 @@ def plot_flow(
                  recorded v are drawn as arrows along the paths.
     time         the moment at which a function `field` is drawn; half way when None
 
-    Other samples of the batch are drawn faintly. With `ax` only the path is drawn. Raises ValueError for
+    Other samples of the batch are drawn faintly. What is not finite leaves a gap, and the title says from
+    which step on. With `ax` only the path is drawn. Raises ValueError for
     None, shapes that do not fit together, and a sample, dimension or step out of range.
     """
     times, x, v = check_flow(flow, sample, dimensions, step)
@@ -70,7 +71,7 @@ def plot_flow(
             else:
                 vectors = draw_field(axes[0], field, moment) if callable(field) else _stored(axes[0], field)
                 vectors.set_gid("field")
-                told = f"arrows: {quantity}" + (f" at time {moment:.2g}" if callable(field) else "")
+                told = f"arrows: {quantity}" + (f" at time {clock(moment)}" if callable(field) else "")
             draw_paths(axes[0], plane[:, :, step], sample, times)
             axes[0].text(0, 1.01, told, transform=axes[0].transAxes, fontsize=SMALL, color=palette.MUTED)
         _name_plane(axes[0], dimensions, step)
@@ -143,7 +144,7 @@ def plot_denoising(
         axes = figure.subplots(rows, -(-len(chosen) // rows), sharex=True, sharey=True, squeeze=False)
         for ax, k in zip(axes.flat, chosen, strict=False):
             _draw_moment(ax, x[..., dimension], k, sample)
-            ax.set_title(f"step {k}, time {times[k]:.2g}", fontsize=SMALL, fontweight="normal", pad=3)
+            ax.set_title(f"step {k}, time {clock(times[k])}", fontsize=SMALL, fontweight="normal", pad=3)
         for ax in axes.flat[len(chosen) :]:
             ax.set_axis_off()
         axes[0, 0].set_ylabel(f"{f'action {dimension}' if name is None else name}\n(normalised)")
@@ -161,7 +162,7 @@ def check_flow(
             "there is no flow to draw: this call was a loss, or a policy that predicts its chunk in one go "
             "(ACT does). Trace predict_action_chunk of a flow or diffusion policy"
         )
-    times, x, v = (as_array(value).astype(float) for value in (flow.times, flow.x, flow.v))
+    times, x, v = (gaps(as_array(value).astype(float)) for value in (flow.times, flow.x, flow.v))
     steps = len(times) - 1
     if times.ndim != 1 or steps < 1 or x.ndim != 4 or len(x) != steps + 1 or v.shape != (steps, *x.shape[1:]):
         raise ValueError(
@@ -179,11 +180,20 @@ def check_flow(
 
 
 def flow_title(x: np.ndarray, sample: int) -> str:
-    """The finding: how many steps, and how straight the way was."""
+    """The finding: how many steps, and how straight the way was, or where it stopped being numbers."""
+    steps = palette.counted(len(x) - 1, "step")
+    lost = ~np.isfinite(x[:, sample]).all(axis=(-2, -1))
+    if lost.any():
+        return f"From noise to action in {steps}: not finite from step {int(lost.argmax())} on"
     times = np.arange(len(x))
     detour = convergence(Flow(*(torch.as_tensor(a) for a in (times, x, x[1:]))))[2][sample]
     shape = "along a straight line" if detour < 1.005 else f"on a way {detour:.2f} × the straight line"
-    return f"From noise to action in {len(x) - 1} steps, {shape}"
+    return f"From noise to action in {steps}, {shape}"
+
+
+def clock(time: float) -> str:
+    """A moment of the sampler: whole numbers as they are (diffusion counts to 1000), two digits of others."""
+    return f"{time:.0f}" if abs(time) >= 10 or float(time).is_integer() else f"{time:.2g}"
 
 
 def draw_paths(ax: Axes, paths: np.ndarray, sample: int, times: np.ndarray, *, named: bool = True) -> None:
@@ -198,8 +208,8 @@ def draw_paths(ax: Axes, paths: np.ndarray, sample: int, times: np.ndarray, *, n
     ax.plot(*path.T, color=ACTION, linewidth=1.8, marker="o", markersize=2.6, gid="path", zorder=3)
     for end, colour, name in ((0, NOISE, "noise"), (-1, ACTION, "action")):
         ax.plot(*path[end], "o", color=colour, markersize=8, markeredgecolor="white", gid=name, zorder=4)
-        if named:
-            text, above = f"{name}, time {times[end]:.2g}", bool(path[end, 1] >= path[:, 1].mean())
+        if named and np.isfinite(path[end]).all():
+            text, above = f"{name}, time {clock(times[end])}", bool(path[end, 1] >= path[:, 1].mean())
             _name_end(ax, path[end], text, colour, above=above)
 
 
@@ -232,6 +242,7 @@ def _sheet(ax: Axes | None) -> tuple[Figure, list[Axes]]:
 def frame_square(ax: Axes, points: np.ndarray) -> None:
     """Limits of equal extent that hold all points (…, 2), with room for names."""
     flat = points.reshape(-1, 2)
+    flat = flat[np.isfinite(flat).all(axis=1)] if np.isfinite(flat).all(axis=1).any() else np.zeros((1, 2))
     middle, half = (flat.max(0) + flat.min(0)) / 2, 0.62 * max(np.ptp(flat, axis=0).max(), 1e-6)
     ax.set(xlim=middle[0] + half * np.array([-1, 1]), ylim=middle[1] + half * np.array([-1, 1]))
     ax.set_aspect("equal")
@@ -248,7 +259,7 @@ def _draw_scribbles(ax: Axes, chunks: np.ndarray, times: np.ndarray) -> None:
         colour = palette.blend(palette.HATCH_INK, ACTION, share)
         last = k == moments[-1]
         ax.plot(*chunks[k].T, color=colour, linewidth=2 if last else 0.9, gid=f"chunk {k}", zorder=2 + share)
-    told = ((f"noise, time {times[0]:.2g}", NOISE), (f"action, time {times[-1]:.2g}", ACTION))
+    told = ((f"noise, time {clock(times[0])}", NOISE), (f"action, time {clock(times[-1])}", ACTION))
     for line, (text, ink) in enumerate(told):
         palette.say(ax, line, text, ink, left=True)
 
@@ -281,7 +292,9 @@ def _quiver(ax: Axes, points: np.ndarray, vectors: np.ndarray, side: float) -> A
         raise ValueError(
             f"the field gave vectors {vectors.shape} for points {points.shape}; expected one (2,) for each"
         )
-    longest = max(float(np.linalg.norm(vectors, axis=1).max()), 1e-12)
+    known = np.isfinite(points).all(axis=1) & np.isfinite(vectors).all(axis=1)
+    points, vectors = points[known], vectors[known]
+    longest = max(float(np.linalg.norm(vectors, axis=1).max(initial=0)), 1e-12)
     style: dict[str, Any] = {"angles": "xy", "scale_units": "xy", "color": palette.HATCH_INK, "zorder": 1}
     scale = longest / (1.3 * side / GRID)
     return ax.quiver(*points.T, *vectors.T, scale=scale, width=0.004, headwidth=4, alpha=0.75, **style)
@@ -303,8 +316,9 @@ def _draw_convergence(
     ax.plot(steps, distance[:, sample], color=ACTION, gid="distance", **line)
     # v is what carries the sampler from x[k] to x[k + 1], so it is drawn between the two.
     ax.stairs(speed[:, sample], steps, baseline=None, color=palette.INK, linewidth=1.3, gid="speed")
-    ax.set(xlim=(-0.2, len(x) - 0.8), ylim=(0, 1.35 * max(distance.max(), speed[:, sample].max())))
-    ax.set_xlabel(f"sampler step (time {times[0]:.2g} → {times[-1]:.2g})")
+    most = max(finite(distance).max(initial=0), finite(speed[:, sample]).max(initial=0))
+    ax.set(xlim=(-0.2, len(x) - 0.8), ylim=(0, 1.35 * most if most else 1))
+    ax.set_xlabel(f"sampler step (time {clock(times[0])} → {clock(times[-1])})")
     ax.set_ylabel("root mean square over the chunk")
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     told = (("distance to the result", ACTION), (f"size of the {quantity}", palette.INK))
@@ -315,8 +329,10 @@ def _draw_convergence(
 def _convergence_title(x: np.ndarray, sample: int) -> str:
     """The finding: after which step the sampler is halfway there, or nearer."""
     distance = _rms(x - x[-1])[:, sample]
-    halfway = int((distance <= 0.5 * distance[0] + 1e-9).argmax())
-    return f"Half of the way is done after {halfway} of {len(x) - 1} steps"
+    if not np.isfinite(distance).all():
+        return flow_title(x, sample)
+    halfway = int((distance <= (0.5 + 1e-5) * distance[0]).argmax())  # float32 rounds
+    return f"Half of the way is done after {halfway} of {palette.counted(len(x) - 1, 'step')}"
 
 
 def _draw_moment(ax: Axes, values: np.ndarray, k: int, sample: int) -> None:

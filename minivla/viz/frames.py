@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from minivla.data.features import MissingKey
 from minivla.viz import palette
 from minivla.viz.flow import spread_over
-from minivla.viz.pictures import as_array, as_picture
+from minivla.viz.pictures import as_array, as_picture, finite
 
 EDGE, GAP = 0.15, 0.1  # inches
 SMALL = palette.FONT - 1
@@ -146,24 +146,20 @@ def _newest(values: np.ndarray, key: str, sample: int) -> tuple[np.ndarray, str]
 
 
 def _displayed(image: np.ndarray) -> np.ndarray:
-    finite = np.nan_to_num(image, nan=0.0, posinf=0.0, neginf=0.0) if image.dtype.kind == "f" else image
-    return as_picture(finite, rescale=_stretched(finite))
-
-
-def _finite(image: np.ndarray) -> np.ndarray:
-    return image[np.isfinite(image)]
+    known = np.nan_to_num(image, nan=0.0, posinf=0.0, neginf=0.0) if image.dtype.kind == "f" else image
+    return as_picture(known, rescale=_stretched(known))
 
 
 def _stretched(image: np.ndarray) -> bool:
     """Can its values not be shown as colours?"""
-    values = _finite(image)
+    values = finite(image)
     return image.dtype != np.uint8 and values.size > 0 and bool(values.min() < 0 or values.max() > 1)
 
 
 def _caption(key: str, image: np.ndarray, note: str) -> str:
     """Key, size and range of a camera, one below the other."""
     height, width = image.shape[1:] if image.shape[0] == 3 else image.shape[:2]
-    values = _finite(image)
+    values = finite(image)
     reach = f"{values.min():.3g} to {values.max():.3g}".replace("-", "−") if values.size else "no number"
     shown = " (stretched to show)" if _stretched(image) else ""
     wrong = f", {image.size - values.size} not finite" if values.size < image.size else ""

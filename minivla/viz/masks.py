@@ -96,9 +96,11 @@ def sees(mask: np.ndarray, queries: Sequence[Segment]) -> list[tuple[int, int]]:
 
 
 def mask_title(mask: np.ndarray, queries: Sequence[Segment], keys: Sequence[Segment]) -> str:
-    """The finding: everything is open, some group is kept for a few, or looking goes one way only."""
+    """The finding: everything is open, looking goes one way only, or some group is kept for a few."""
     if mask.all():
         return "Every token may look at every token"
+    if _one_way(mask, queries, keys):
+        return "Looking goes one way: each may look at itself and back, nobody ahead"
     seen_by = {k: [q.name for q in queries if mask[q.start : q.stop, k.start : k.stop].any()] for k in keys}
     nobody = [k.name for k, names in seen_by.items() if not names]
     if nobody:
@@ -110,6 +112,18 @@ def mask_title(mask: np.ndarray, queries: Sequence[Segment], keys: Sequence[Segm
         return f"Only {palette.listed(few)} may look at {palette.listed(which)}"
     closed = int((~mask).sum())
     return f"{closed:,} of {mask.size:,} places are closed"
+
+
+def _one_way(mask: np.ndarray, queries: Sequence[Segment], keys: Sequence[Segment]) -> bool:
+    """Of one sequence: does each token see all before it and none after it, or each of three or more
+    segments those before it and none after it? Of two, "only the second may look at it" says more.
+    """
+    if list(queries) != list(keys):
+        return False
+    if np.array_equal(mask, np.tri(len(mask), dtype=bool)):
+        return True
+    seen = np.array([[mask[q.start : q.stop, k.start : k.stop].any() for k in keys] for q in queries])
+    return len(keys) > 2 and np.array_equal(seen, np.tri(len(keys), dtype=bool))
 
 
 def _axes(ax: Axes | None, queries: Sequence[Segment], keys: Sequence[Segment]) -> Axes:

@@ -250,9 +250,22 @@ def text_width(text: str, size: float = FONT, weight: str = "normal") -> float:
         return TextPath((0, 0), text, prop=font).get_extents().x1 / 72 if text.strip() else 0.0
 
 
+def shortened(text: str, inches: float, size: float = FONT) -> str:
+    """A text, cut off with "…" where it is wider than `inches`."""
+    if text_width(text, size) <= inches:
+        return text
+    kept = next((n for n in range(len(text) - 1, 0, -1) if text_width(f"{text[:n]}…", size) <= inches), 1)
+    return f"{text[:kept]}…"
+
+
 def percent(share: float, digits: int = 0) -> str:
     """A share as text: "61 %"."""
     return f"{100 * share:.{digits}f} %"
+
+
+def counted(count: int, what: str) -> str:
+    """A number of things in prose: "1 step", "12 steps"."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from einops import reduce
@@ -19,7 +19,7 @@ from minivla.viz.attention import asker, attention_title, attention_weights, plo
 def plot_rollout(
     call: Call | Trace,
     *,
-    query: int | str = 0,
+    query: SupportsIndex | str = 0,
     sample: int = 0,
     images: Mapping[str, Any] | None = None,
     title: str | None = None,
@@ -51,7 +51,9 @@ def plot_rollout(
     )
 
 
-def rollout_weights(call: Call, *, query: int | str = 0, sample: int = 0) -> tuple[Tensor, list[Segment]]:
+def rollout_weights(
+    call: Call, *, query: SupportsIndex | str = 0, sample: int = 0
+) -> tuple[Tensor, list[Segment]]:
     """What `plot_rollout` draws: a row of weights (K,), adding up to 1, and the segments of its K tokens.
 
     Same arguments, same errors.

@@ -75,7 +75,7 @@ def tokens_title(segments: Sequence[Segment], valid: np.ndarray | None = None) -
         by_kind[s.kind] = by_kind.get(s.kind, 0) + s.length
     kind, most = max(by_kind.items(), key=lambda item: item[1])
     if len(segments) == 1 or 2 * most <= total:
-        return f"{total} token{'s' * (total != 1)} in {len(segments)} segment{'s' * (len(segments) != 1)}"
+        return f"{palette.counted(total, 'token')} in {palette.counted(len(segments), 'segment')}"
     return f"{most} of {total} tokens are {palette.KIND_NAMES[kind]}"
 
 

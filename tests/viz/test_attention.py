@@ -1,12 +1,15 @@
 """Shares add up to one, the patches lit are the patches looked at."""
 
+from copy import deepcopy
 from dataclasses import replace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 
 import minivla
+from minivla.recorder import NotKept
 from minivla.segments import Segment, arrange
 from minivla.viz import (
     attention_rollout,
@@ -111,6 +114,116 @@ def test_a_patch_that_stands_out_is_named_by_row_and_column():
     assert "60 % of its attention to state" in title
 
 
+def figure_scale(row, keys, images):
+    """The colour scale's axes."""
+    figure = plot_look(row, keys, images)
+    figure.canvas.draw()
+    return next(ax for ax in figure.axes if "root scale" in ax.get_xlabel().replace("\n", " "))
+
+
+def test_a_patch_is_named_although_another_camera_gets_more():
+    cameras = [Segment(name, "image", 64, grid=(8, 8), image=name) for name in ("table", "wrist")]
+    keys = arrange([Segment("state", "state", 3), *cameras])
+    row = np.full(131, 0.5 / 64)
+    row[:3], row[67:], row[67 + 34] = 0.01 / 3, 0.01 / 63, 0.48
+    shares = attention_shares(row, keys)
+    assert shares["table"] > shares["wrist"]
+    assert striking_patch(row, keys) == ("wrist", 4, 2)
+    images = {name: np.zeros((8, 8, 3)) for name in ("table", "wrist")}
+    title = plot_look(row, keys, images).get_suptitle()
+    assert title == "This query gives 48 % to one patch: wrist, row 4, column 2 (even: 0.8 %)"
+    assert [t.get_text() for t in figure_scale(row, keys, images).get_xticklabels()] == [
+        "0",
+        "even",
+        "0.12",
+        "0.48",
+    ]
+
+
+def test_the_overlay_keeps_what_one_strong_patch_would_hide():
+    """On a linear scale a hundredth of the most is the tint of nothing; on this one it is a tenth of it."""
+    figure = plot_look(np.array([0.0, 0.9, 0.009, 0.091, 0.0]), KEYS, IMAGES)
+    image = next(i for i in figure.axes[0].images if i.get_gid() == "attention")
+    assert image.norm([0, 0.009, 0.9]).tolist() == pytest.approx([0, 0.1, 1])
+    assert np.ravel(image.get_alpha()) == pytest.approx(
+        0.1 + 0.5 * np.sqrt([1, 0.01, 0.0911 / 0.9, 0]), abs=1e-2
+    )
+    scale = figure_scale(np.array([0.0, 0.9, 0.009, 0.091, 0.0]), KEYS, IMAGES)
+    assert [t.get_text() for t in scale.get_xticklabels()] == ["0", "even", "0.9"]
+
+
+def test_the_scale_marks_what_would_be_even():
+    keys = arrange([Segment("table", "image", 64, grid=(8, 8), image="t"), Segment("state", "state", 1)])
+    row = np.full(65, 0.9 / 64)
+    row[0] = 0.1
+    scale = figure_scale(row, keys, {"t": np.zeros((8, 8, 3))})
+    assert "even" in [t.get_text() for t in scale.get_xticklabels()]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("shape", [(8, 8, 3), (48, 64, 3)])
+def test_no_text_is_cut_off_or_runs_into_another(count, shape):
+    names = ["table", "wrist", "front side", "left_shoulder_camera"][:count]
+    cameras = [Segment(name, "image", 300, grid=(15, 20), image=name) for name in names]
+    segments = arrange([Segment("state", "state", 1), *cameras])
+    row = np.full(300 * count + 1, 1 / (300 * count + 1))
+    figure = plot_look(row, segments, {name: np.zeros(shape) for name in names})
+    figure.canvas.draw()
+    page = figure.get_window_extent()
+    titles = [ax.get_title(loc="left") and ax._left_title.get_window_extent() for ax in figure.axes]
+    labels = [ax.xaxis.label.get_window_extent() for ax in figure.axes if ax.get_xlabel()]
+    boxes = [box for box in titles if box] + labels
+    assert len(boxes) == count + 2
+    for i, box in enumerate(boxes):
+        assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
+        assert not any(box.overlaps(other) for other in boxes[:i])
+
+
+@pytest.mark.parametrize("three", [np.int64(3), torch.tensor(3)])
+def test_any_whole_number_is_a_position(seen, three):
+    call = seen.trace.calls[-1]
+    assert torch.equal(attention_weights(call, SITE, query=three), attention_weights(call, SITE, query=3))
+    assert plot_attention(call, SITE, query=three).get_suptitle().startswith("Queries[3] ")
+    assert plot_rollout(call, query=three).get_suptitle().startswith("Queries[3] ")
+    with pytest.raises(TypeError, match="integer"):
+        plot_attention(call, SITE, query=1.5)
+
+
+def test_one_camera_on_axes_of_ones_own(seen):
+    call = seen.trace.calls[-1]
+    own, axes = plt.subplots(1, 2, figsize=(8, 3))
+    assert plot_attention(call, SITE, query=3, camera="wrist", ax=axes[1], title="mine") is own
+    wrist = next(s for s in call.sites[SITE][1] if s.name == "wrist")
+    weights = attention_weights(call, SITE, query=3)
+    assert np.allclose(lit(axes[1]).ravel(), weights[wrist.start : wrist.stop])
+    assert axes[1].get_title(loc="left") == "mine"
+    assert not axes[0].images
+    assert len(own.axes) == 2
+    plot_look(np.array([0.1, 0.05, 0.6, 0.15, 0.1]), KEYS, IMAGES, ax=axes[0])
+    assert lit(axes[0]).tolist() == [[0.05, 0.6], [0.15, 0.1]]
+    with pytest.raises(KeyError, match="no camera is called 'ceiling'; the cameras here are table, wrist"):
+        plot_attention(call, SITE, camera="ceiling", ax=axes[0])
+    with pytest.raises(ValueError, match="there is no ax: all cameras are drawn without one"):
+        plot_attention(call, SITE, camera="wrist")
+    with pytest.raises(ValueError, match="no segment has a grid; leave out ax"):
+        plot_attention(call, "decoder.0.self", ax=axes[0])
+
+
+def test_a_policy_in_bfloat16_is_drawn_too(seen):
+    policy = deepcopy(seen.policy).to(torch.bfloat16)
+    batch = {
+        k: v.bfloat16() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in seen.batch.items()
+    }
+    with minivla.trace(policy) as trace:
+        policy.predict_action_chunk(batch)
+    assert trace.chunk.dtype == torch.bfloat16
+    assert "Queries[3] gives" in trace.plot_attention(SITE, query=3).get_suptitle()
+    assert "rollout" in plot_rollout(trace, query=3).get_suptitle()
+    assert trace.plot_chunk().get_suptitle() == "8 actions from one look"
+    assert "data-minivla-explorer" in trace.explore().html
+    assert float(attention_weights(trace.calls[-1], SITE).sum()) == pytest.approx(1, abs=1e-5)
+
+
 def test_attention_without_cameras_is_drawn_by_position(seen):
     figure = seen.trace.plot_attention("decoder.0.self", query=1)
     (ax,) = figure.axes
@@ -184,6 +297,14 @@ def test_rollout_of_one_stack_without_cross_attention(seen):
 def test_attention_errors(seen, options, error, message):
     with pytest.raises(error, match=message):
         plot_attention(seen.trace.calls[-1], **{"site": SITE, **options})
+
+
+def test_a_site_that_is_not_there_is_one_error_from_trace_and_figure(seen):
+    for ask in (seen.trace.plot_attention, lambda site: plot_attention(seen.trace.calls[-1], site)):
+        with pytest.raises(NotKept, match=r"encoder\.9.*decoder\.0\.cross"):
+            ask("encoder.9")
+    with pytest.raises(ValueError, match="was not kept"):
+        attention_weights(seen.trace.calls[-1], "encoder.9")
 
 
 def test_weights_that_are_no_softmax_row():

@@ -146,7 +146,7 @@ def test_named_paths_differ_in_colour_and_then_in_dash(seen):
     assert [line.get_xydata().tolist() for line in drawn] == [path.tolist() for path in paths]
     assert len({(line.get_color(), line.get_linestyle()) for line in drawn}) == 6
     assert {line.get_alpha() for line in drawn} == {None}
-    assert ax.get_title(loc="left") == "6 chunks of 1 steps"
+    assert ax.get_title(loc="left") == "6 chunks of 1 step"
     with pytest.raises(ValueError, match="labels has 1 entries for 6 paths"):
         plot_gripper_path(image, paths, labels=["a"])
 
@@ -217,3 +217,45 @@ def test_ensemble_errors():
 def test_figures_are_pyplots_so_that_show_shows_them():
     plot_ensemble(np.zeros((6, 3)))
     assert len(plt.get_fignums()) == 1
+
+
+@pytest.mark.parametrize("lost", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_leaves_a_gap_and_is_counted(lost):
+    normalised = torch.linspace(-1, 1, 18).view(1, 6, 3).clone()
+    normalised[0, 2, 1] = normalised[0, 3, 1] = lost
+    expert = torch.zeros(1, 6, 3)
+    figure = plot_chunk(normalised, 3 * normalised + 10, names=NAMES, expert=expert)
+    assert figure.get_suptitle() == "6 actions from one look; 2 of 18 values not finite"
+    figure.canvas.draw()
+    drawn = [lines(ax, "predicted")[0][:, 1] for ax in figure.axes[:3]]
+    assert np.isnan(drawn[1]).tolist() == [False, False, True, True, False, False]
+    assert np.isfinite(drawn[0]).all()
+    assert [len(ax.child_axes) for ax in figure.axes[:3]] == [1, 1, 1]  # the scale is that of the others
+    assert "6 of 6 values" in plot_chunk(torch.full((1, 6, 1), lost)).get_suptitle()
+    unknown = plot_chunk(normalised.nan_to_num(0, 0, 0), expert=torch.full((6, 3), lost))
+    assert unknown.get_suptitle() == "6 actions from one look"
+
+
+def test_one_dimension_and_axes_of_ones_own():
+    chunk = torch.linspace(-1, 1, 12).view(4, 3)
+    figure = plot_chunk(chunk, 2 * chunk, names=NAMES, dimension=2)
+    assert [ax.get_ylabel() for ax in figure.axes] == ["grip"]
+    own, axes = plt.subplots(1, 2, figsize=(8, 2))
+    assert plot_chunk(chunk, names=NAMES, dimension=1, ax=axes[1], title="mine") is own
+    assert np.allclose(lines(axes[1], "predicted")[0][:, 1], chunk[:, 1])
+    assert (axes[1].get_title(loc="left") or axes[1].get_title()) == "mine"
+    assert not axes[0].lines
+    plot_chunk(chunk, names=NAMES, ax=axes[0])
+    assert axes[0].get_ylabel().startswith("dx")
+    with pytest.raises(ValueError, match="dimension is 3; the chunk has 3: expected 0 to 2"):
+        plot_chunk(chunk, dimension=3)
+
+
+def test_bfloat16_is_drawn_as_what_it_holds():
+    chunk = torch.linspace(-1, 1, 12).view(1, 4, 3).bfloat16()
+    figure = plot_chunk(chunk, 2 * chunk)
+    assert np.allclose(lines(figure.axes[0], "predicted")[0][:, 1], 2 * chunk[0, :, 0].float())
+
+
+def test_one_action_is_one_action():
+    assert plot_chunk(torch.zeros(1, 1, 2)).get_suptitle() == "1 action from one look"

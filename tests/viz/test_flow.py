@@ -7,7 +7,7 @@ import torch
 
 from minivla.recorder import Flow
 from minivla.viz import animate_flow, convergence, palette, plot_convergence, plot_denoising, plot_flow
-from minivla.viz.flow import GRID, spread_over
+from minivla.viz.flow import GRID, clock, spread_over
 
 MEANS, WIDTH = torch.tensor([[1.5, 1.0], [1.2, -1.2], [-1.6, 0.2]]), 0.15
 
@@ -180,3 +180,61 @@ def test_flows_that_are_none():
     flow = integrated()
     with pytest.raises(ValueError, match=r"times \(10,\), x \(11, 24, 1, 2\) and v \(10, 24, 1, 2\)"):
         plot_denoising(Flow(flow.times[1:], flow.x, flow.v))
+
+
+def test_times_are_written_without_powers_of_ten():
+    flow = integrated()
+    flow = Flow(flow.times * 100, flow.x, flow.v)
+    plane, beside = plot_flow(flow).axes
+    assert {"noise, time 0", "action, time 100"} <= {t.get_text() for t in plane.texts}
+    assert "time 0 → 100" in beside.get_xlabel()
+    assert [clock(t) for t in (0.0, 1 / 3, 9.5, 100.0, 961.4, 1000.0)] == [
+        "0",
+        "0.33",
+        "9.5",
+        "100",
+        "961",
+        "1000",
+    ]
+    assert plot_denoising(flow).axes[-1].get_title(loc="left") == "step 10, time 100"
+
+
+def test_half_of_a_straight_way_is_half_in_float32_too():
+    ends = torch.randn(2, 1, 16, 3, generator=torch.Generator().manual_seed(1))
+    x = torch.stack([torch.lerp(*ends, k / 10) for k in range(11)])
+    x[5] += 1e-6 * (x[5] - x[-1])
+    flow = Flow(torch.linspace(0, 1, 11), x, (ends[1] - ends[0]).expand(10, -1, -1, -1))
+    assert plot_convergence(flow).get_suptitle() == "Half of the way is done after 5 of 10 steps"
+
+
+def test_one_step_is_one_step():
+    flow = straight(steps=1)
+    assert plot_flow(flow).get_suptitle() == "From noise to action in 1 step, along a straight line"
+    assert plot_convergence(flow).get_suptitle() == "Half of the way is done after 1 of 1 step"
+    assert (
+        animate_flow(integrated(steps=1, batch=1)).alt
+        == "1 sample moves from noise to actions in 1 sampler step"
+    )
+
+
+def test_bfloat16_is_drawn_as_what_it_holds():
+    flow = integrated()
+    half = Flow(*(part.bfloat16() for part in (flow.times, flow.x, flow.v)))
+    (path,) = named(plot_flow(half).axes[0], "path")
+    assert np.allclose(path.get_xydata(), half.x[:, 0, 0].float())
+
+
+@pytest.mark.parametrize("lost", [np.nan, np.inf])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_where_a_flow_stops_being_numbers_is_in_the_title(lost, batch):
+    flow = integrated(batch=batch, horizon=3)
+    flow.x[4:], flow.v[4:] = lost, lost
+    for draw in (plot_flow, plot_denoising, plot_convergence, lambda f: plot_flow(f, step=None)):
+        figure = draw(flow)
+        figure.canvas.draw()
+        assert figure.get_suptitle() == "From noise to action in 10 steps: not finite from step 4 on"
+    (path,) = named(plot_flow(flow).axes[0], "path")
+    assert np.isfinite(path.get_xydata()).all(axis=1).tolist() == [True] * 4 + [False] * 7
+    assert animate_flow(flow, moments=3).frames == 3
+    flow.x[:], flow.v[:] = lost, lost
+    assert "not finite from step 0 on" in plot_flow(flow).get_suptitle()

@@ -121,7 +121,7 @@ def test_mask_is_filled_exactly_where_a_query_may_look():
         "sees 4",
         "sees 5–8",
     } <= set(told)
-    assert "Only chunk may look at chunk" in told
+    assert "Looking goes one way: each may look at itself and back, nobody ahead" in told
     assert figure.get_size_inches()[0] == 6.5
 
 
@@ -146,6 +146,20 @@ def test_mask_titles():
     hole = square.clone()
     hole[1, 2] = False
     assert "1 of 9 places are closed" in written(plot_mask(hole, [a, b], [a, b]))
+
+
+def test_mask_titles_of_looking_one_way():
+    one_way = "Looking goes one way: each may look at itself and back, nobody ahead"
+    cameras = arrange([Segment(f"camera {i}", "image", 4, grid=(2, 2)) for i in range(5)])
+    causal = torch.ones(20, 20, dtype=torch.bool).tril()
+    assert one_way in written(plot_mask(causal, cameras, cameras))
+    alone = [Segment("words", "language", 20)]
+    assert one_way in written(plot_mask(causal, alone, alone))
+    pair = arrange([Segment("seen", "image", 3), Segment("chunk", "action", 2, block=1, rule="causal")])
+    assert "Only chunk may look at chunk" in written(plot_mask(segment_mask(pair)[0], pair, pair))
+    peek = causal.clone()
+    peek[0, 19] = True
+    assert one_way not in written(plot_mask(peek, cameras, cameras))
 
 
 def test_mask_of_a_site_has_its_own_queries_and_keys(seen):
