@@ -10,16 +10,30 @@ from typing import Any
 import torch
 
 from minivla.policies.base import Policy
-from minivla.preflight import control, learning, observations, probes, scales, statistics
+from minivla.preflight import (
+    cameras,
+    control,
+    learning,
+    motion,
+    observations,
+    probes,
+    scales,
+    statistics,
+)
 from minivla.preflight.recordings import Recordings
 from minivla.preflight.report import ERROR, Finding, NotRun, Report, sorted_findings
+from minivla.preflight.scaling import are_exchanged
 from minivla.preflight.subject import Subject
+from minivla.tracing import bare
 from minivla.training.batches import preserved_rng
 from minivla.training.evaluation import environments
 
 Check = Callable[[Subject], Iterable[Finding]]
 
 CHECKS: dict[str, Check] = {
+    "weights finite": probes.weights_finite,
+    "dataset finite": statistics.dataset_finite,
+    "processors in order": statistics.processors_in_order,
     "statistics present": statistics.statistics_present,
     "statistics finite": statistics.statistics_sound,
     "statistics vary": statistics.statistics_vary,
@@ -29,10 +43,13 @@ CHECKS: dict[str, Check] = {
     "processors agree": statistics.processors_agree,
     "inputs": observations.inputs,
     "preparation": observations.preparation,
-    "camera order": observations.camera_order,
-    "picture orientation": observations.orientation,
+    "cameras differ": cameras.distinct,
+    "camera order": cameras.camera_order,
+    "picture orientation": cameras.orientation,
+    "as recorded": observations.as_recorded,
     "environment's observations": observations.environment,
     "padding leaves the loss alone": learning.padding_mask,
+    "actions vary": probes.actions_vary,
     "depends on images": partial(probes.sensitivity, "image"),
     "depends on state": partial(probes.sensitivity, "state"),
     "depends on instruction": partial(probes.sensitivity, "text"),
@@ -40,6 +57,7 @@ CHECKS: dict[str, Check] = {
     "time convention": probes.time_convention,
     "queue reset": probes.queue_reset,
     "action range": control.action_range,
+    "environment's motion": motion.environment_motion,
     "action frame": control.action_frame,
     "gripper sign": control.gripper_sign,
     "open-loop replay": control.open_loop_replay,
@@ -59,7 +77,7 @@ def doctor(
 ) -> Report:
     """Look for what fails silently before a robot does: a preflight report.
 
-    policy          one of minivla's, or LeRobot's
+    policy          one of minivla's, or LeRobot's; compiled or wrapped for distributed training, too
     batch           raw, as `dataset[i]`, a data loader or an environment gives it, batched or not
     dataset         `minivla.world.demonstrations(…)` or a LeRobotDataset the policy was trained on
     env             a gymnasium environment or a string, as `minivla.evaluate` takes; one without a `spec`
@@ -71,20 +89,19 @@ def doctor(
     Raises TypeError for a policy that is none, a batch that is no dict, a dataset of unknown kind; ValueError
     for an environment that cannot be made.
     """
+    policy = bare(policy)
     _expect(policy, batch)
     own = policy if isinstance(policy, Policy) else None
     with contextlib.ExitStack() as stack:
         stack.enter_context(preserved_rng())
         stack.enter_context(torch.inference_mode(False))
         made = stack.enter_context(environments(env, 1))[0] if env is not None else None
-        subject = Subject(
-            policy,
-            dict(batch),
-            None if dataset is None else Recordings(dataset),
-            made,
-            preprocessor if preprocessor is not None or own is None else own.preprocessor,
-            postprocessor if postprocessor is not None or own is None else own.postprocessor,
-        )
+        before = preprocessor if preprocessor is not None or own is None else own.preprocessor
+        after = postprocessor if postprocessor is not None or own is None else own.postprocessor
+        recordings = None if dataset is None else Recordings(dataset)
+        exchanged = are_exchanged(before, after)
+        pipelines = (after, before) if exchanged else (before, after)
+        subject = Subject(policy, dict(batch), recordings, made, *pipelines, exchanged=exchanged)
         return examine(subject, CHECKS)
 
 
@@ -101,7 +118,22 @@ def examine(subject: Subject, checks: Mapping[str, Check]) -> Report:
         elif not found:
             passed.append(name)
     title = f"minivla.doctor on {type(subject.policy).__name__}"
-    return Report(sorted_findings(findings), tuple(passed), not_run, subject.measurements, title)
+    unique = sorted_findings(dict.fromkeys(findings))
+    return Report(unique, tuple(passed), not_run, subject.measurements, title, _evidence(subject))
+
+
+def _evidence(subject: Subject) -> str:
+    """What the checks had to go by: how many samples, frames and episodes, and whether an environment."""
+    parts = []
+    with contextlib.suppress(NotRun):
+        size, given = subject.samples
+        parts.append(f"{size} of {given} samples" if size < given else f"{size} sample{'s' * (size > 1)}")
+    if (recordings := subject.recordings) is not None:
+        frames = len(recordings.column("episode_index"))
+        parts.append(f"a dataset of {frames} frames in {len(recordings.episodes)} episodes")
+    if subject.env is not None:
+        parts.append("an environment")
+    return ", ".join(parts) or "nothing but the policy"
 
 
 def _run(name: str, check: Check, subject: Subject) -> tuple[list[Finding], str | None]:

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from minivla.data.features import ACTION, OBS_STATE
-from minivla.preflight import running
+from minivla.preflight import motion, running
 from minivla.preflight.recordings import Recordings
 from minivla.preflight.report import ERROR, Finding, NotRun
 from minivla.preflight.subject import Subject
 from minivla.training.evaluation import Episode
 
 BEYOND = 0.5  # of the range: what a policy's output may be off before it is worth a word
+POOR = 0.95  # std off, in any one dimension: no better than predicting the mean
 FRAMES = 48  # looked at in the open-loop replay
 OPPOSITE = 0.65  # of a gripper's motions against its command; disturbed demonstrations have up to 0.2 of them
 MOTIONS = 4  # of each kind; fewer prove nothing
@@ -125,9 +126,10 @@ def gripper_sign(subject: Subject) -> Iterator[Finding]:
     if not spec.gripper:
         raise NotRun("an ActionSpec with a gripper")
     told = False
+    places = motion.felt(spec, recordings, recordings.column(OBS_STATE).shape[-1])
     for index in spec.gripper:
         change = after[:, index] - state[:, index]
-        opening = torch.sign(change) * _opens(subject.env, _felt(spec, recordings), index)
+        opening = torch.sign(change) * motion.opens(subject.env, places, index)
         closes = action[:, index] * spec.gripper_closes > 0
         moving = change.abs() > 1e-6
         # Both commands must be seen: one alone may be all that disturbances moved the gripper against.
@@ -144,19 +146,6 @@ def gripper_sign(subject: Subject) -> Iterator[Finding]:
             yield Finding("gripper-sign", ERROR, f"{ACTION}[{index}] ({spec.names[index]})", what, mend)
     if not told:
         raise NotRun("episodes in which a gripper is told to open and to close")
-
-
-def _opens(env: Any, felt: list[int], index: int) -> float:
-    """Which way the state goes when the environment's gripper opens: 1 up, -1 down."""
-    spec, episode, moves = env.unwrapped.action_spec, Episode(env, 0, None, False), 0.0
-    for command in [-spec.gripper_closes] * 3 + [spec.gripper_closes] * 3:
-        before = np.asarray(episode.observation[OBS_STATE], np.float64)[felt]
-        action = np.where(spec.absolute, before, 0.0).astype(np.float32)
-        action[list(spec.gripper)] = command
-        episode.step(action)
-        moved = np.asarray(episode.observation[OBS_STATE])[felt][index] - before[index]
-        moves -= command * spec.gripper_closes * float(np.sign(moved))
-    return 1.0 if moves >= 0 else -1.0
 
 
 def open_loop_replay(subject: Subject) -> Iterator[Finding]:
@@ -186,10 +175,11 @@ def open_loop_replay(subject: Subject) -> Iterator[Finding]:
     dimensions = varied.nonzero().flatten().tolist()
     turned = [i for i in dimensions if _is_opposite(mine[:, i], theirs[:, i])]
     yield from (_reversed(subject, index) for index in turned)
-    kept = [e for i, e in zip(dimensions, error.tolist(), strict=True) if i not in turned]
-    if kept and sum(kept) / len(kept) > 0.95:
-        off = sum(kept) / len(kept)
-        what = f"{off:.2f} std off on training episodes; predicting their mean is 1.00 std off"
+    kept = {i: e for i, e in zip(dimensions, error.tolist(), strict=True) if i not in turned}
+    off = max(kept.values(), default=0.0)
+    if off >= POOR:
+        poor = ", ".join(subject.dimension(ACTION, i) for i, e in kept.items() if e >= POOR)
+        what = f"{off:.2f} std off on training episodes in {poor}; predicting the mean is 1.00 std off"
         mend = "expected of an untrained policy; else look at statistics, cameras and actions of this data"
         yield Finding("replay-error", ERROR, "policy", what, mend)
 
@@ -219,9 +209,7 @@ def environment_replay(subject: Subject) -> Iterator[Finding]:
         raise NotRun("dataset and env" if recordings is None and env is None else "dataset" if env else "env")
     seeds = getattr(recordings.dataset, "seeds", None)
     if seeds is None:
-        raise NotRun(
-            "a dataset with its episodes' seeds (dataset.seeds; demonstrations with noise=0)"
-        )
+        raise NotRun("a dataset with its episodes' seeds (dataset.seeds; demonstrations with noise=0)")
     played = [
         _replayed(env, int(seed), recordings.column(ACTION)[start:stop].float().numpy())
         for seed, (start, stop) in list(zip(seeds, recordings.episodes, strict=False))[:5]
@@ -260,20 +248,9 @@ def _motion(subject: Subject, recordings: Recordings) -> tuple[Tensor, Tensor, T
     spec = subject.env.unwrapped.action_spec
     if action.shape[-1] != len(spec.names):
         raise NotRun(f"a dataset with the ActionSpec's {len(spec.names)} numbers; it has {action.shape[-1]}")
-    state = state[:, _felt(spec, recordings)]
+    state = state[:, motion.felt(spec, recordings, recordings.column(OBS_STATE).shape[-1])]
     now, then = recordings.pairs
     return action[now], state[now], state[then]
-
-
-def _felt(spec: Any, recordings: Recordings) -> list[int]:
-    """For each dimension of the action the one of the state that it moves: by name, else by position."""
-    size = recordings.column(OBS_STATE).shape[-1]
-    names = recordings.names(OBS_STATE, size)
-    if set(spec.names) <= set(names):
-        return [names.index(name) for name in spec.names]
-    if size != len(spec.names):
-        raise NotRun("a state whose dimensions can be told to be those the actions move")
-    return list(range(size))
 
 
 def _correlation(one: Tensor, other: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -39,12 +40,20 @@ def padding_mask(subject: Subject) -> Iterator[Finding]:
             running.loss(policy, {**batch, ACTION: action}, training=mode == "training")
             for action in (batch[ACTION], batch[ACTION] + shift)
         )
+        if not math.isfinite(plain):
+            yield _not_finite(plain)
+            return
         change = abs(moved - plain) / max(abs(plain), 1e-8)
         if not change < 1e-4:
             what = f"while {mode}, changing padded actions changes the loss by {change:.2g} of it"
             mend = "multiply errors with ~batch['action_is_pad'], and mask padding in any encoder of actions"
             yield Finding("padding-leaks", ERROR, "loss", what, mend)
             return
+
+
+def _not_finite(loss: float) -> Finding:
+    what = f"the loss is {loss} on a normalised batch"
+    return Finding("loss-not-finite", ERROR, "loss", what, "look for log, sqrt or a division in the loss")
 
 
 def frozen_and_trainable(subject: Subject) -> Iterator[Finding]:
@@ -60,8 +69,7 @@ def frozen_and_trainable(subject: Subject) -> Iterator[Finding]:
     before = {name: tensor.detach().clone() for name, tensor in policy.state_dict(keep_vars=True).items()}
     loss, reached = _step(policy, batch)
     if not torch.isfinite(loss):
-        what = f"the loss is {loss.item()} on a normalised batch"
-        yield Finding("loss-not-finite", ERROR, "loss", what, "look for log, sqrt or a division in the loss")
+        yield _not_finite(loss.item())
         return
     after = policy.state_dict(keep_vars=True)
     moved = [name for name in sorted(frozen) if name in after and not torch.equal(after[name], before[name])]

@@ -1,23 +1,23 @@
-"""Checks of what the policy is shown: names, pictures, vectors, the way round, and the environment's own."""
+"""Checks of what the policy is shown: names, pictures, vectors, the preprocessor, the environment's own."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minivla.data.features import OBS_STATE
-from minivla.preflight import views
-from minivla.preflight.report import ERROR, WARNING, Finding, NotRun
-from minivla.preflight.scaling import Scaling
-from minivla.preflight.subject import Subject
-from minivla.training.evaluation import Episode, raw_batch
+from minivla.data.features import ACTION, OBS_STATE
+from minivla.preflight import cameras, statistics, views
+from minivla.preflight.report import ERROR, Finding, NotRun
+from minivla.preflight.subject import FEW, Refused, Subject
+from minivla.preflight.vectors import examine_task
 
-SEEDS = range(24)
-Pictures = Mapping[str, Tensor]
+MANY = 4096  # frames with one action; more tell nothing, and take their time
+ALIKE = 16  # frames with one chunk
+OWN = 1e-3  # mean square between a frame and itself; codecs and resampling stay below
 
 
 def inputs(subject: Subject) -> Iterator[Finding]:
@@ -35,7 +35,14 @@ def preparation(subject: Subject) -> Iterator[Finding]:
 
     Threads: lerobot#2512 #2650; big_vision#91 (a picture padded, then rescaled, reaches -3).
     """
-    batch, scaling = subject.batch, subject.scaling
+    scaling = subject.scaling
+    try:
+        batch = subject.batch
+    except Refused as refused:
+        if _statistics_at_fault(subject):  # and said to be
+            raise
+        yield refused.finding
+        return
     for key in subject.cameras:
         if scaling is None or key not in scaling.features:
             continue
@@ -50,110 +57,9 @@ def preparation(subject: Subject) -> Iterator[Finding]:
             yield Finding("image-pad-value", ERROR, f"{key}, preprocessed", what, mend)
 
 
-def camera_order(subject: Subject) -> Iterator[Finding]:
-    """No two cameras have changed places, in the batch or in the config.
-
-    Threads: lerobot#1620 #2269 #3181; openpi#310; strands#517.
-    """
-    if len(subject.cameras) < 2:
-        raise NotRun("a policy with two cameras or more")
-    pictures = _pictures(subject, subject.observation)
-    try:
-        reference = _references(subject, subject.observation)
-    except NotRun:
-        reference = None
-    told = False
-    for one, other in itertools.combinations(subject.cameras, 2):
-        if pictures[one].shape != pictures[other].shape:
-            continue
-        swapped = (
-            _swapped_by_statistics(subject.scaling, pictures, one, other)
-            if reference is None
-            else _swapped(pictures, reference, one, other)
-        )
-        told = told or swapped is not None
-        if swapped:
-            what = "each camera's pictures look like the other's: they have changed places"
-            mend = f"raw['{one}'], raw['{other}'] = raw['{other}'], raw['{one}']"
-            yield Finding("camera-order", ERROR, f"{one}, {other}", what, mend)
-    if reference is not None and subject.recordings is not None:
-        yield from _order_of_config(subject)
-    if not told:
-        raise NotRun("frames to tell the cameras by: dataset, env, or statistics that differ between them")
-
-
-def _swapped(pictures: Pictures, reference: Pictures, one: str, other: str) -> bool | None:
-    said = [
-        views.verdict(
-            views.distance(pictures[here], reference[here]), views.distance(pictures[here], reference[there])
-        )
-        for here, there in ((one, other), (other, one))
-    ]
-    return all(said) if None not in said else None
-
-
-def _swapped_by_statistics(scaling: Scaling | None, pictures: Pictures, one: str, other: str) -> bool | None:
-    """Told by the channels' mean and spread, which say little: only where cameras differ much."""
-    marks = {}
-    for key in (one, other):
-        table = scaling.stats.get(key, {}) if scaling is not None else {}
-        if "mean" not in table or "std" not in table or table["mean"].numel() != 3:
-            return None
-        marks[key] = torch.cat([table["mean"].flatten(), table["std"].flatten()])
-    apart = float((marks[one] - marks[other]).square().sum())
-    if apart < 0.02:
-        return None
-    seen = {key: _marks(pictures[key]) for key in (one, other)}
-    right = sum(float((seen[key] - marks[key]).square().sum()) for key in (one, other))
-    crossed = float((seen[one] - marks[other]).square().sum() + (seen[other] - marks[one]).square().sum())
-    return crossed < 0.25 * right and right > apart
-
-
-def _marks(pictures: Tensor) -> Tensor:
-    channels = pictures.transpose(0, 1).flatten(1)
-    return torch.cat([channels.mean(1), channels.std(1)])
-
-
-def _order_of_config(subject: Subject) -> Iterator[Finding]:
-    features = subject.recordings.features if subject.recordings is not None else {}
-    theirs = [key for key in features if key in subject.cameras]
-    if len(theirs) == len(subject.cameras) and theirs != subject.cameras:
-        what = f"the policy has {', '.join(subject.cameras)}; the dataset lists {', '.join(theirs)}"
-        mend = (
-            "harmless while cameras go by name; reorder config.input_features if the weights go by position"
-        )
-        yield Finding("camera-order-config", WARNING, "config.input_features", what, mend)
-
-
-def orientation(subject: Subject) -> Iterator[Finding]:
-    """Pictures are the right way round, and their colours in order.
-
-    Threads: lerobot#2218 #2650; openvla#142 #197 (LIBERO's pictures are recorded upside down); lerobot#4206.
-    """
-    if not subject.cameras:
-        raise NotRun("a policy with a camera")
-    pictures = _pictures(subject, subject.observation)
-    reference = _references(subject, subject.observation)
-    told = False
-    for key in subject.cameras:
-        how, sure = views.turned(pictures[key], reference[key])
-        told = told or sure
-        if how is not None:
-            yield _turned(key, how)
-    if not told:
-        raise NotRun(f"{views.SEVERAL} samples or more in the batch, or one that is in the dataset")
-
-
-def _turned(key: str, how: str) -> Finding:
-    what = f"compared with frames recorded in the same state, it is {how}"
-    code = "image-colours" if how == views.COLOURS else "image-flipped"
-    mends = {
-        "upside down": "image.flip(-2) (rows), where the camera is read",
-        "mirrored": "image.flip(-1) (columns), where the camera is read",
-        "turned by 180 degrees": "image.flip(-2).flip(-1), where the camera is read",
-        views.COLOURS: "reverse the channels (OpenCV reads BGR): image[..., ::-1]",
-    }
-    return Finding(code, ERROR, key, what, mends[how])
+def _statistics_at_fault(subject: Subject) -> bool:
+    checks = (statistics.statistics_present, statistics.statistics_sound)
+    return any(True for check in checks for _ in check(subject))
 
 
 def environment(subject: Subject) -> Iterator[Finding]:
@@ -163,8 +69,12 @@ def environment(subject: Subject) -> Iterator[Finding]:
     """
     if subject.env is None:
         raise NotRun("env")
+    raw = cameras.first_observations(subject.env, range(8))
+    if subject.reads_text:
+        said = examine_task(dict(raw), getattr(subject.config, "vocabulary", ()))
+        yield from (replace(finding, where="task of the environment") for finding in said)
     try:
-        seen = subject.few(_observed(subject.env, range(8)))
+        seen = subject.few(raw)
     except (KeyError, ValueError, TypeError) as error:
         table = str(error).splitlines()
         mend = (
@@ -172,54 +82,113 @@ def environment(subject: Subject) -> Iterator[Finding]:
         )
         yield Finding("environment-mismatch", ERROR, "env", table[0], mend, "\n".join(table[1:]))
         return
+    pictures = cameras.pictures_of(subject, seen)
+    yield from cameras.repeated(pictures, "environment")
     if subject.recordings is None or not subject.cameras:
         return
-    reference = _references(subject, seen)
-    for key, pictures in _pictures(subject, seen).items():
-        how, _ = views.turned(pictures, reference[key])
-        if how is not None:
-            yield _turned(f"{key} of the environment", how)
+    reference = cameras.references(subject, seen)
+    for finding, _ in cameras.unlike(subject, pictures, reference, " of the environment"):
+        if finding is not None:
+            yield finding
 
 
-def _observed(env: Any, seeds: range) -> dict[str, Any]:
-    """First observations of some episodes, as one raw batch."""
-    return raw_batch([Episode(env, seed, None, False) for seed in seeds])
+def as_recorded(subject: Subject) -> Iterator[Finding]:
+    """Samples whose actions are a frame's of the dataset have the state and the pictures recorded with them.
+
+    Threads: openvla#142; lerobot#4206; openpi#347 (order of the state's dimensions).
+    """
+    recordings, chunk = subject.recordings, subject.mended(ACTION)
+    if recordings is None:
+        raise NotRun("dataset")
+    if chunk is None or getattr(recordings.dataset, "image_transforms", None) is not None:
+        raise NotRun("a batch with the actions of the dataset's frames, its pictures as they were recorded")
+    pairs = [(i, row) for i, each in enumerate(chunk[:FEW]) for row in _rows_of(subject, each)]
+    if 2 * len({sample for sample, _ in pairs}) <= len(chunk[:FEW]):  # the others are of other data
+        raise NotRun("a batch of the dataset's own frames, to be found by their actions")
+    samples, recorded = _best(subject, pairs)
+    yield from _state_as_recorded(subject, samples, recorded)
+    faulty = {finding.where for finding in subject.faults}
+    mine = cameras.pictures_of(subject, subject.observation)
+    theirs = cameras.pictures_of(subject, recorded)
+    for key in (key for key in subject.cameras if key not in faulty):
+        off = (mine[key][samples] - theirs[key]).square().flatten(1).mean(1) > OWN
+        if off.float().mean() >= 0.5 and not _is_explained(mine[key][samples], theirs, key):
+            what = f"{int(off.sum())} of {len(off)} pictures are not those recorded with the same actions"
+            mend = "look at one beside the dataset's: turned, shifted, recoloured, another camera or moment"
+            yield Finding("image-unlike-dataset", ERROR, key, what, mend)
 
 
-def _pictures(subject: Subject, observation: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The latest picture of every camera, (B, 3, H, W)."""
-    by_name = {subject.named(key): value for key, value in observation.items()}
-    return {
-        key: by_name[key].reshape(len(by_name[key]), -1, *by_name[key].shape[-3:])[:, -1]
-        for key in subject.cameras
+def _is_explained(pictures: Tensor, recorded: cameras.Pictures, key: str) -> bool:
+    """Whether they are turned, or another camera's: `picture orientation`, `camera order` report that."""
+    alike = [each for each in recorded.values() if each.shape == pictures.shape]
+    crossed = [bool(((pictures - each).square().flatten(1).mean(1) < OWN).all()) for each in alike]
+    return any(crossed) or views.turned(pictures, recorded[key][:, None])[0] is not None
+
+
+def _rows_of(subject: Subject, chunk: Tensor) -> list[int]:
+    """The dataset's frames with this chunk (H, A); none where there are too many to tell anything, or where
+    the chunk holds nothing but stops, and any other data would have it too.
+    """
+    recordings, config = subject.recordings, subject.config
+    if recordings is None or recordings.column(ACTION).shape[-1] != chunk.shape[-1]:
+        return []
+    column = recordings.column(ACTION).float()
+    stops = torch.stack([column.amin(0), column.amax(0), torch.zeros(column.shape[-1])])
+    if int(((chunk[None] - stops[:, None]).abs() > 1e-4).all(0).sum()) < 2:
+        return []
+    now = list(config.action_delta_indices).index(0)
+    rows = (column - chunk[now]).abs().amax(1).lt(1e-5).nonzero().flatten()
+    if not 0 < len(rows) <= MANY:
+        return []
+    same = (recordings.chunks(rows.tolist(), config)[ACTION] - chunk).abs().amax((1, 2)) < 1e-5
+    return rows[same].tolist() if int(same.sum()) <= ALIKE else []
+
+
+def _best(subject: Subject, pairs: list[tuple[int, int]]) -> tuple[list[int], dict[str, Any]]:
+    """Of (sample, frame) pairs, for each sample the frame that agrees in most inputs: an arm that goes on
+    at one speed repeats its chunk. Returns the samples and the recorded observations of their frames.
+    """
+    samples, rows = torch.tensor(pairs).unbind(1)
+    recorded = subject.recorded(rows.tolist(), limit=len(rows))
+    mine = {subject.named(key): value for key, value in subject.observation.items()}
+    score = torch.zeros(len(rows))
+    for key, value in recorded.items():
+        given = mine.get(subject.named(key))
+        if subject.named(key) in subject.inputs and given is not None:
+            limit = OWN if subject.named(key) in subject.cameras else 1e-3 * OWN
+            score += (given[samples].float() - value.float()).square().flatten(1).mean(1) < limit
+    kept = [int(torch.where(samples == i, score, -1.0).argmax()) for i in samples.unique()]
+    every = {
+        key: value[kept] if isinstance(value, Tensor) else [value[i] for i in kept]
+        for key, value in recorded.items()
     }
+    return samples[kept].tolist(), every
 
 
-def _references(subject: Subject, observation: Mapping[str, Any]) -> dict[str, Tensor]:
-    """For each sample, frames taken in like states: {camera: (B, K, 3, H, W)}. NotRun without any source."""
-    state = {subject.named(key): value for key, value in observation.items()}.get(OBS_STATE)
-    size = len(next(iter(_pictures(subject, observation).values())))
-    if subject.recordings is not None:
-        recordings = subject.recordings
-        usable = state is not None and recordings.has(OBS_STATE)
-        if state is not None and usable and recordings.column(OBS_STATE).shape[-1] == state.shape[-1]:
-            states = state.reshape(size, -1, state.shape[-1])[:, -1].float()
-            rows = views.nearest(states, recordings.column(OBS_STATE).float())
-        else:
-            rows = torch.tensor(recordings.spread_rows(16)).expand(size, -1)
-        return _fetched(subject, rows)
-    if subject.env is None:
-        raise NotRun("dataset or env")
-    try:
-        seen = subject.few(_observed(subject.env, SEEDS), limit=len(SEEDS))
-    except (KeyError, ValueError, TypeError) as error:
-        raise NotRun("an env whose observations the policy can read") from error
-    pictures = _pictures(subject, seen)
-    return {key: value[None].expand(size, *value.shape) for key, value in pictures.items()}
+def _state_as_recorded(
+    subject: Subject, samples: list[int], recorded: Mapping[str, Any]
+) -> Iterator[Finding]:
+    names = {subject.named(key): key for key in recorded}
+    state = subject.mended(OBS_STATE)
+    if state is None or OBS_STATE not in names or OBS_STATE in {finding.where for finding in subject.faults}:
+        return
+    mine = state[samples].reshape(len(samples), -1, state.shape[-1])[:, -1]
+    theirs = recorded[names[OBS_STATE]].reshape(len(samples), -1, state.shape[-1])[:, -1].float()
+    off = ((mine - theirs).abs() > 1e-3 * (1 + theirs.abs())).float().mean(0) >= 0.5
+    if off.any():
+        where = ", ".join(subject.dimension(OBS_STATE, i) for i in off.nonzero().flatten().tolist())
+        what = f"it is not what was recorded with the same actions: {_instead(mine, theirs)}"
+        mend = "read the state as it was recorded: order, signs, units"
+        yield Finding("state-unlike-dataset", ERROR, where, what, mend)
 
 
-def _fetched(subject: Subject, rows: Tensor) -> dict[str, Tensor]:
-    """The dataset's frames (B, K), each fetched once."""
-    unique, places = rows.unique(return_inverse=True)
-    found = _pictures(subject, subject.recorded(unique.tolist(), limit=len(unique)))
-    return {key: value[places] for key, value in found.items()}
+def _instead(mine: Tensor, theirs: Tensor) -> str:
+    """What became of the first dimension that differs: another one, or the same with its sign turned."""
+    index = int((mine - theirs).abs().amax(0).gt(1e-3).nonzero()[0])
+    column = mine[:, index]
+    if torch.allclose(column, -theirs[:, index], atol=1e-3):
+        return f"number {index} has its sign turned"
+    places = [j for j in range(theirs.shape[1]) if torch.allclose(column, theirs[:, j], atol=1e-3)]
+    if places and places[0] != index:
+        return f"number {index} is the recorded number {places[0]}"
+    return f"number {index} reads {column[0]:.3g}, recorded was {theirs[0, index]:.3g}"

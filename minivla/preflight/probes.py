@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minivla.data.features import OBS_LANGUAGE, FeatureType
+from minivla.data.features import ACTION, OBS_LANGUAGE, FeatureType
 from minivla.policies.base import Policy
 from minivla.preflight import running
 from minivla.preflight.report import ERROR, WARNING, Finding, NotRun
@@ -19,6 +20,34 @@ LITTLE = 1e-3
 KINDS = {"image": "images", "state": "state", "text": "instruction"}
 
 
+def weights_finite(subject: Subject) -> Iterator[Finding]:
+    """No parameter or buffer holds NaN or inf."""
+    if names := subject.broken_weights:
+        what = f"{len(names)} of the policy's tensors hold NaN or inf"
+        mend = "take an earlier checkpoint; look at the learning rate, the loss scale and the data"
+        where = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        yield Finding("weights-not-finite", ERROR, where, what, mend)
+
+
+def actions_vary(subject: Subject) -> Iterator[Finding]:
+    """The chunk is made of numbers, and each dimension of it says different things at different times."""
+    chunk = running.chunk(subject.patient, subject.batch)
+    if not chunk.isfinite().all():
+        what = f"{1 - float(chunk.isfinite().float().mean()):.0%} of the predicted actions are NaN or inf"
+        mend = "record a trace (minivla.trace) and look for the first tensor that is not finite"
+        yield Finding("chunk-not-finite", ERROR, "policy", what, mend)
+        return
+    baseline, scaling = subject.baseline, subject.scaling
+    if baseline.spread < NOTHING:
+        return  # `depends on images` says so
+    still = (baseline.spreads < LITTLE * baseline.spread).nonzero().flatten().tolist()
+    fixed = scaling.constant(ACTION) if scaling is not None and scaling.usable(ACTION) else []
+    for index in (index for index in still if index not in fixed):
+        what = "the policy says the same at every step, whatever is observed; other dimensions vary"
+        mend = "look at this row of the action head: never loaded, zeroed, or masked out of the loss"
+        yield Finding("action-constant", ERROR, subject.dimension(ACTION, index), what, mend)
+
+
 def sensitivity(kind: str, subject: Subject) -> Iterator[Finding]:
     """The chunk changes when the images, the state or the instruction are those of another moment.
 
@@ -27,6 +56,8 @@ def sensitivity(kind: str, subject: Subject) -> Iterator[Finding]:
     keys = _keys_of(kind, subject)
     if not keys:
         raise NotRun(f"a policy that reads {'an instruction' if kind == 'text' else KINDS[kind]}")
+    if not math.isfinite(subject.baseline.spread):
+        raise NotRun("chunks that are finite")
     if subject.baseline.spread < NOTHING:
         if kind == "image" or not _keys_of("image", subject):
             what = "the same action at every step, whatever is observed"
@@ -74,6 +105,8 @@ def _change(subject: Subject, keys: list[str]) -> float:
     for other in base.others:
         mixed = {**subject.batch, **{key: other[key] for key in keys if key in other}}
         change = running.chunk(subject.patient, mixed) - base.chunk
+        if not change.isfinite().all():
+            raise NotRun("chunks that are finite")
         reached = max(reached, float(change.square().mean().sqrt()) / base.spread)
         if reached >= LITTLE:
             break

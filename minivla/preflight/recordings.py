@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from minivla.data.features import ACTION
+from minivla.data.features import ACTION, OBS_ENV_STATE, OBS_STATE
 from minivla.data.normalize import Stats, as_stats
 from minivla.data.windows import delta_timestamps, window_indices
 
@@ -52,6 +52,16 @@ class Recordings:
     def has(self, key: str) -> bool:
         """Whether there is such a column."""
         return key in self.features
+
+    @cached_property
+    def broken(self) -> dict[str, list[int]]:
+        """{column: its frames with NaN or inf}, of actions and states."""
+        found: dict[str, list[int]] = {}
+        for key in (name for name in (ACTION, OBS_STATE, OBS_ENV_STATE) if self.has(name)):
+            column = self.column(key).float()
+            rows = (~column.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+            found |= {key: rows} if rows else {}
+        return found
 
     @cached_property
     def episodes(self) -> list[tuple[int, int]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 ERROR, WARNING = "error", "warning"
 WIDTH = 100
+THIN = "Too little was checked: most checks lacked an input, so finding nothing here means little."
 
 
 class NotRun(Exception):
@@ -47,6 +48,7 @@ class Report:
     not_run        {check: the input it lacks}; these were *not* passed
     measurements   {name: value}: sensitivities, replay error
     title          what was examined
+    evidence       what the checks had to go by: samples, frames, an environment
     """
 
     findings: tuple[Finding, ...] = ()
@@ -54,11 +56,17 @@ class Report:
     not_run: Mapping[str, str] = field(default_factory=dict)
     measurements: Mapping[str, float] = field(default_factory=dict)
     title: str = "minivla.doctor"
+    evidence: str = ""
 
     @property
     def ok(self) -> bool:
         """Whether there is no error. Warnings, and checks that did not run, do not count."""
         return not any(finding.severity == ERROR for finding in self.findings)
+
+    @property
+    def is_thin(self) -> bool:
+        """Whether most checks lacked an input, so that finding nothing means little."""
+        return len(self.not_run) > len(self.passed) + len(self.codes)
 
     @property
     def codes(self) -> tuple[str, ...]:
@@ -69,13 +77,17 @@ class Report:
         errors = sum(finding.severity == ERROR for finding in self.findings)
         counts = [_counted(errors, "error"), _counted(len(self.findings) - errors, "warning")]
         counts += [f"{len(self.passed)} checks passed", f"{len(self.not_run)} not run"]
-        parts = [f"{self.title}: {', '.join(counts)}", *map(str, self.findings)]
+        parts = [f"{self.title}: {', '.join(counts)}"]
+        if self.is_thin:
+            parts.append("\n".join(_wrapped(THIN)).strip())
+        parts += map(str, self.findings)
         if self.measurements:
             width = max(map(len, self.measurements))
             rows = [f"  {name:<{width}}  {_rounded(value)}" for name, value in self.measurements.items()]
             parts.append("\n".join(["measured", *rows]))
         if self.passed:
-            parts.append("passed   " + "\n".join(_wrapped(", ".join(self.passed)))[9:])
+            seen = f" (seen: {self.evidence})" if self.evidence else ""
+            parts.append("passed   " + "\n".join(_wrapped(", ".join(self.passed) + seen))[9:])
         if self.not_run:
             parts.append("\n".join(["not run", *_reasons(self.not_run)]))
         return "\n\n".join(parts)

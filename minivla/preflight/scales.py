@@ -15,6 +15,7 @@ from minivla.preflight.subject import Subject
 
 FAR = {NormalizationMode.MEAN_STD: 20.0}  # standard deviations; the other modes bring data to [-1, 1]
 FAR_IN_RANGE = 6.0
+BEYOND = 0.4  # of the range of all training data, beyond its ends
 UNSCALED = 10.0  # data this far from zero want a scale
 PAD_OFF = 3.0  # a zero this far from the mean, once normalised, is no measurement
 
@@ -54,6 +55,7 @@ def _far(subject: Subject, scaling: Scaling, key: str, flat: Tensor) -> Iterator
     reached[[*scaling.constant(key), *near_constant(scaling, key)]] = 0  # `statistics vary` names these
     limit = FAR.get(scaling.modes[key], FAR_IN_RANGE)
     if not reached.max() > limit:
+        yield from _out_of_range(subject, scaling, key, flat)
         return
     index = int(reached.argmax())
     unit = "standard deviations" if scaling.modes[key] in FAR else "times the range"
@@ -62,6 +64,27 @@ def _far(subject: Subject, scaling: Scaling, key: str, flat: Tensor) -> Iterator
         f"{subject.dimension(key, index)} reads {_furthest(flat, index):.3g}, {reached[index]:.3g} {unit} off"
     )
     mend = "compare units (degrees or radians, mm or m), order and robot with the training data"
+    yield Finding("statistics-scale", ERROR, key, what, mend)
+
+
+def _out_of_range(subject: Subject, scaling: Scaling, key: str, flat: Tensor) -> Iterator[Finding]:
+    """Most samples lie outside what training saw, by a good part of its range: told where it is known."""
+    table = scaling.stats[key]
+    if key == ACTION or any(n not in table or table[n].numel() != flat.shape[-1] for n in ("min", "max")):
+        return
+    low, high = (table[name].flatten().float() for name in ("min", "max"))
+    beyond = torch.maximum(low - flat, flat - high) / (high - low).clamp(min=1e-6)
+    typical = beyond.median(0).values
+    typical[[*scaling.constant(key), *near_constant(scaling, key)]] = 0
+    if not typical.max() > BEYOND:
+        return
+    index = int(typical.argmax())
+    what = (
+        f"{int((typical > BEYOND).sum())} of {len(typical)} dimensions are out of the range of all training "
+        f"data: {subject.dimension(key, index)} reads {float(flat[:, index].median()):.3g}, "
+        f"there it was {low[index]:.3g} to {high[index]:.3g}"
+    )
+    mend = "compare signs, order and units with the training data"
     yield Finding("statistics-scale", ERROR, key, what, mend)
 
 

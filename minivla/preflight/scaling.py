@@ -81,3 +81,12 @@ def rename_map_of(pipeline: Any) -> dict[str, str]:
     """{name in the data: name in the policy} of a pipeline's renaming step."""
     steps = getattr(pipeline, "steps", ())
     return dict(next((step.rename_map for step in steps if hasattr(step, "rename_map")), {}))
+
+
+def are_exchanged(preprocessor: Any, postprocessor: Any) -> bool:
+    """Whether the first pipeline undoes a normalisation and the second makes one."""
+    undoing = [
+        any(type(step).__name__.startswith("Unnormalize") for step in getattr(pipeline, "steps", ()))
+        for pipeline in (preprocessor, postprocessor)
+    ]
+    return undoing == [True, False] and scaling_of(postprocessor) is not None

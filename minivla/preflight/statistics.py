@@ -36,6 +36,16 @@ def statistics_present(subject: Subject) -> Iterator[Finding]:
             yield from _present(subject, subject.back, key, subject.modes[key], "postprocessor")
 
 
+def processors_in_order(subject: Subject) -> Iterator[Finding]:
+    """The preprocessor normalises, the postprocessor undoes it, and not the other way about."""
+    if not subject.has_processors:
+        raise NotRun("preprocessor and postprocessor (LeRobot's make_pre_post_processors gives both)")
+    if subject.exchanged:
+        what = "the preprocessor un-normalises and the postprocessor normalises: they have changed places"
+        mend = "give preprocessor= and postprocessor= the other way about (the other checks did)"
+        yield Finding("processors-exchanged", ERROR, "preprocessor, postprocessor", what, mend)
+
+
 def _present(
     subject: Subject, scaling: Scaling | None, key: str, mode: NormalizationMode, where: str
 ) -> Iterator[Finding]:
@@ -75,12 +85,22 @@ def statistics_sound(subject: Subject) -> Iterator[Finding]:
         for name, value in zip(names, scaling.pair(key) or (), strict=True):
             size = scaling.features[key].shape[0 if key in subject.cameras else -1]
             yield from _sound(f"{where}, {key}.{name}", value, size)
+        low, high = scaling.pair(key) or (torch.zeros(1), torch.ones(1))
+        if names[0] != "mean" and low.numel() == high.numel() and bool((high < low).any()):
+            wrong = (high < low).flatten().nonzero().flatten().tolist()
+            what = f"{names[1]} is below {names[0]} at {wrong[:8]}: it turns the sign round"
+            mend = "compute the statistics again"
+            yield Finding("statistics-negative", ERROR, f"{where}, {key}", what, mend)
 
 
 def _sound(place: str, value: Tensor, size: int) -> Iterator[Finding]:
     if value.numel() not in (1, size):
         what = f"{value.numel()} numbers for {size} dimensions: another robot's statistics"
         yield Finding("statistics-shape", ERROR, place, what, "use those of the training dataset")
+    if place.endswith(".std") and bool((value < 0).any()):
+        wrong = (value < 0).flatten().nonzero().flatten().tolist()
+        what = f"a negative spread at {wrong[:8]}: it turns the sign round"
+        yield Finding("statistics-negative", ERROR, place, what, "compute the statistics again")
     if broken := (~value.isfinite()).flatten().nonzero().flatten().tolist():
         mend = "look for NaN or inf in that column, then compute the statistics again"
         yield Finding("statistics-not-finite", ERROR, place, f"not finite at {broken[:8]}", mend)
@@ -121,6 +141,19 @@ def near_constant(scaling: Scaling, key: str) -> dict[int, float]:
         reached = 1e-4 * first.abs().clamp(min=1) / scale.abs().clamp(min=1e-12)
     indices = (reached > BLOW_UP).nonzero().flatten().tolist()
     return {i: float(reached[i]) for i in indices if i not in scaling.constant(key)}
+
+
+def dataset_finite(subject: Subject) -> Iterator[Finding]:
+    """The dataset's states and actions are numbers.
+
+    Threads: lerobot#3645; openvla-oft#156.
+    """
+    if subject.dataset is None:
+        raise NotRun("dataset")
+    for key, rows in subject.dataset.broken.items():
+        what = f"{len(rows)} frames hold NaN or inf, the first is number {rows[0]}"
+        mend = "drop or mend these episodes; the checks that compare with the dataset wait until then"
+        yield Finding("dataset-not-finite", ERROR, f"{key}, dataset", what, mend)
 
 
 def statistics_of_dataset(subject: Subject) -> Iterator[Finding]:

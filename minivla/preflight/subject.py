@@ -24,21 +24,33 @@ from minivla.preflight.alternatives import another_text, noise, other_texts
 from minivla.preflight.names import match_inputs
 from minivla.preflight.pictures import examine
 from minivla.preflight.recordings import Recordings
-from minivla.preflight.report import Finding, NotRun
+from minivla.preflight.report import ERROR, Finding, NotRun
 from minivla.preflight.scaling import Scaling, features_from, modes_from, rename_map_of, scaling_of
 from minivla.preflight.vectors import examine_action, examine_task, examine_vector
 
 FEW = 8  # samples that the probes look at
+TAME = 6.0  # standard deviations
 OTHERS = 2  # observations that are put in place of each sample
+
+
+class Refused(NotRun):
+    """The batch, and no lacking input, keeps the checks from running: `finding` is what is wrong."""
+
+    def __init__(self, finding: Finding) -> None:
+        super().__init__(f"the batch does not get to the policy ({finding.code}): {finding.what}")
+        self.finding = finding
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """The batch's chunk (B, H, A), other prepared observations, and how much the chunks of all vary."""
+    """The batch's chunk (B, H, A), other prepared observations, and how much the chunks of all vary: over
+    everything, and each dimension (A,).
+    """
 
     chunk: Tensor
     others: list[dict[str, Any]]
     spread: float
+    spreads: Tensor
 
 
 @dataclass(frozen=True)
@@ -47,19 +59,26 @@ class Subject:
 
     policy         ours or LeRobot's; checks work on a `twin`
     raw            the batch as it was given
-    recordings     the dataset, or None
+    dataset        the dataset, or None
     env            a gymnasium environment, or None
     preprocessor, postprocessor   the policy's pipelines, or None
     measurements   {name: value}, which the checks fill
+    exchanged      whether the processors were given the other way about; here they are put right
     """
 
     policy: Any
     raw: Mapping[str, Any]
-    recordings: Recordings | None = None
+    dataset: Recordings | None = None
     env: Any = None
     preprocessor: Any = None
     postprocessor: Any = None
     measurements: dict[str, float] = field(default_factory=dict)
+    exchanged: bool = False
+
+    @cached_property
+    def recordings(self) -> Recordings | None:
+        """The dataset to compare with: none where it holds NaN, which `dataset finite` reports."""
+        return None if self.dataset is None or self.dataset.broken else self.dataset
 
     @property
     def config(self) -> Any:
@@ -180,8 +199,8 @@ class Subject:
             raise NotRun(f"the batch has no usable {', '.join(absent)}")
         try:
             return self.few(self._examined[0])
-        except (KeyError, ValueError, TypeError) as error:
-            raise NotRun(f"the batch could not be read: {_first_line(error)}") from error
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise Refused(_refusal("the batch could not be read", error)) from error
 
     @cached_property
     def batch(self) -> dict[str, Any]:
@@ -195,12 +214,14 @@ class Subject:
         try:
             own = isinstance(self.policy, Policy) and self.preprocessor is self.policy.preprocessor
             batch = self.policy.preprocess(observation) if own else self.preprocessor(dict(observation))
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise NotRun(f"the preprocessor refuses the batch: {_first_line(error)}") from error
+        except Exception as error:  # anybody's steps may be in there
+            raise Refused(_refusal("the preprocessor refuses the batch", error)) from error
         placed = {key: self._placed(value) for key, value in batch.items()}
         broken = [key for key in self.inputs if not _finite(placed.get(key))]
         if broken:
-            raise NotRun(f"the preprocessor makes NaN or inf of {', '.join(broken)}")
+            what = f"the preprocessor makes NaN or inf of {', '.join(broken)}, or leaves it out"
+            mend = "run its steps one by one on this batch (policy.preprocessor.steps) to see which does"
+            raise Refused(Finding("preprocessing-not-finite", ERROR, "preprocessor", what, mend))
         return placed
 
     def _placed(self, value: Any) -> Any:
@@ -209,11 +230,20 @@ class Subject:
         example = next(self.policy.parameters())
         return value.to(example.device, example.dtype if value.is_floating_point() else value.dtype)
 
+    @property
+    def samples(self) -> tuple[int, int]:
+        """How many samples the probes look at, and how many the batch has. NotRun where it cannot be read."""
+        size = _size(self.observation)
+        whole = self.mended(next(iter(self.inputs)))
+        given = len(whole) if whole is not None and size == FEW else size
+        return size, given
+
     @cached_property
     def training_batch(self) -> dict[str, Any]:
         """The normalised batch with a chunk of actions, of which the last third is marked as padding.
 
         The actions are the batch's, or, where it has none, random: what is probed with them holds for any.
+        Vectors far out of scale are cut off: they would saturate units, and hide gradients that are there.
         """
         size, horizon = (
             len(next(self.batch[key] for key in self.inputs)),
@@ -224,12 +254,21 @@ class Subject:
         if action is None or tuple(action.shape) != shape or not _finite(action):
             action = self._placed(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
         is_pad = torch.arange(horizon, device=action.device) >= max(1, horizon - max(1, horizon // 3))
-        return {**self.batch, ACTION: action, "action_is_pad": is_pad.expand(size, horizon).clone()}
+        tame = {key: self.batch[key].clamp(-TAME, TAME) for key in self.inputs if key not in self.cameras}
+        return {**self.batch, **tame, ACTION: action, "action_is_pad": is_pad.expand(size, horizon).clone()}
+
+    @cached_property
+    def broken_weights(self) -> list[str]:
+        """The names of parameters and buffers that hold NaN or inf."""
+        held = itertools.chain(self.policy.named_parameters(), self.policy.named_buffers())
+        return [name for name, tensor in held if not _finite(tensor)]
 
     def twin(self, *, weights: bool = False) -> Any:
         """A copy of the policy to work on. The weights' memory is shared unless `weights`; buffers, modes,
         queues and whatever else it keeps are the twin's own.
         """
+        if self.broken_weights:
+            raise NotRun("finite weights")
         # Parameters of its own on the same memory, so that flags and gradients stay apart.
         shared = {} if weights else {id(p): _view(p) for p in self.policy.parameters()}
         unchanged = (
@@ -248,7 +287,8 @@ class Subject:
         plain = running.chunk(self.patient, self.batch)
         others = [{**self.batch, **self.prepare(other)} for other in self.others]
         chunks = [plain, *(running.chunk(self.patient, other) for other in others)]
-        return Baseline(plain, others, running.spread(torch.cat(chunks)))
+        every = torch.cat(chunks)
+        return Baseline(plain, others, running.spread(every), every.flatten(0, 1).std(0))
 
     @cached_property
     def others(self) -> list[dict[str, Any]]:
@@ -286,6 +326,12 @@ class Subject:
             return self.few({key: value for key, value in raw.items() if rename.get(key, key) in keys}, limit)
         except (KeyError, ValueError, TypeError) as error:
             raise NotRun(f"a dataset with the policy's inputs ({_first_line(error)})") from error
+
+
+def _refusal(what: str, error: Exception) -> Finding:
+    mend = "give every input the same batch size, and the axes the policy's config asks for"
+    text = f"{what}: {type(error).__name__}: {_first_line(error)[:300]}"
+    return Finding("preprocessing-fails", ERROR, "preprocessor", text, mend)
 
 
 def _view(parameter: nn.Parameter) -> nn.Parameter:

@@ -80,7 +80,20 @@ def examine_action(
         return [*findings, _no_flags(mended)]
     if is_chunk:
         mended[ACTION] = look.value
+        findings = findings + _wrong_flags(mended["action_is_pad"], list(config.action_delta_indices))
     return findings
+
+
+def _wrong_flags(flags: Any, deltas: list[int]) -> list[Finding]:
+    """The action of the present moment is never padding, nor is one before the last that is none."""
+    pad = torch.as_tensor(flags).bool().reshape(-1, len(deltas))[:, deltas.index(0) if 0 in deltas else 0 :]
+    wrong = pad[:, 0] | (pad[:, :-1] & ~pad[:, 1:]).any(1)
+    if not wrong.any():
+        return []
+    what = f"in {int(wrong.sum())} of {len(wrong)} samples real actions are marked as padding"
+    what += ": the flags are inverted" if bool((pad[:, :1] & ~pad[:, -1:]).any()) else ""
+    mend = "True means padding, and only actions after the episode's end are"
+    return [Finding("padding-flags", ERROR, "action_is_pad", what, mend)]
 
 
 def _no_flags(mended: dict[str, Any]) -> Finding:

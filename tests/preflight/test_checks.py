@@ -14,7 +14,8 @@ from minivla.preflight import doctor, views
 from minivla.preflight.pictures import examine
 from minivla.world import demonstrations
 from tests.policies.small import tiny_act, tiny_raw
-from tests.preflight.patients import TABLE, bind, column, patient_of, small_act, spoiled
+from tests.preflight.faults import column
+from tests.preflight.patients import TABLE, bind, patient_of, small_act, spoiled
 
 FEATURE = PolicyFeature(FeatureType.VISUAL, (3, 16, 16))
 
@@ -101,8 +102,11 @@ def test_a_turned_picture_is_told_among_its_references():
     reference = torch.cat([pictures[:, None], torch.rand(2, 5, 3, 16, 16)], 1)
     assert views.turned(pictures, reference) == (None, True)
     for name, turn in views.TRANSFORMS.items():
-        assert views.turned(turn(pictures), reference) == (name, True)
-    assert views.turned(torch.rand(2, 3, 16, 16), reference)[1] is False, "two strangers prove nothing"
+        seen = turn(turn(turn(pictures)))  # undone by one more
+        assert views.turned(seen, reference) == (name, True)
+    for count in (2, 4, 8):
+        strangers, others = torch.rand(count, 3, 16, 16), torch.rand(count, 6, 3, 16, 16)
+        assert views.turned(strangers, others) == (None, False), "strangers prove nothing"
 
 
 def test_a_preprocessor_that_pads_wrongly_is_named():
@@ -135,6 +139,32 @@ def test_actions_of_a_body_that_takes_places(change, code):
     patient = spoiled(patient_of(small_act(dataset), dataset, "tabletop:pick_place?embodiment=arm2", (3, 30)))
     column(change)(patient)
     assert code in patient.report("de").codes
+
+
+def test_a_frozen_camera_is_told_from_the_state_that_moves():
+    raw = tiny_raw(4)
+    raw["task"] *= 2
+    raw[TABLE] = raw[TABLE][:1].expand_as(raw[TABLE]).clone()
+    assert doctor(tiny_act(), raw).codes == ("image-stale",)
+    raw["observation.state"] = raw["observation.state"][:1].expand_as(raw["observation.state"]).clone()
+    assert doctor(tiny_act(), raw).codes == (), "nothing moved"
+
+
+def test_a_compiled_or_wrapped_policy_is_examined_itself():
+    policy, raw = tiny_act(), tiny_raw()
+    plain = str(doctor(policy, raw))
+    for name in ("module", "_orig_mod"):  # as distributed training and torch.compile wrap it
+        wrapped = torch.nn.Module()
+        setattr(wrapped, name, policy)
+        assert str(doctor(wrapped, raw)) == plain
+
+
+def test_a_chunk_of_nan_from_sound_weights_is_named():
+    policy = tiny_act()
+    predict = type(policy).predict_action_chunk
+    bind(policy, "predict_action_chunk", lambda self, batch, **o: predict(self, batch, **o) * float("nan"))
+    report = doctor(policy, tiny_raw())
+    assert report.codes == ("chunk-not-finite",), str(report)
 
 
 def test_weights_by_position_want_the_cameras_in_order():

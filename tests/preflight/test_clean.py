@@ -145,6 +145,7 @@ def test_a_report_reads_the_same_every_time(trained):
     assert one == other == repr(doctor(trained, dataset[3]))
     assert max(map(len, one.splitlines())) <= 100
     assert "not run" in one
+    assert "seen: 1 sample)" in " ".join(one.split())
     assert "dataset" in one
 
 
@@ -177,7 +178,7 @@ def test_memory_that_is_short_stops_the_training_probe(trained, monkeypatch):
     ("arguments", "error", "says"),
     [
         (lambda p: (p, [1]), TypeError, "batch is a list"),
-        (lambda p: (torch.nn.Linear(1, 1), {}), TypeError, "policy is a Linear"),
+        (lambda p: (torch.nn.Linear(1, 1), {}), TypeError, "Linear"),
     ],
 )
 def test_what_cannot_be_examined_is_refused(trained, arguments, error, says):

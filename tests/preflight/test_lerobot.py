@@ -86,6 +86,13 @@ def test_without_processors_its_statistics_are_not_examined(theirs, raw):
     report = doctor(theirs[0], raw)
     assert {"statistics present", "processors agree", "depends on images"} <= set(report.not_run)
     assert report.codes == ()
+    assert report.is_thin
+    assert "Too little was checked" in str(report).split("measured")[0]
+
+
+def test_exchanged_processors_are_named_once(theirs, raw):
+    policy, before, after = theirs
+    assert examined((policy, after, before), raw).codes == ("processors-exchanged",)
 
 
 def no_statistics(parts, raw):
