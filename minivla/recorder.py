@@ -125,8 +125,8 @@ class Call:
     segments: list[Segment] = field(default_factory=list)
     mask: Tensor | None = None
     stacks: tuple[str, ...] = ()
-    masks: BySite = field(default_factory=BySite)
-    attention: BySite = field(default_factory=BySite)
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    attention: dict[str, Tensor] = field(default_factory=dict)
     sites: dict[str, tuple[list[Segment], list[Segment]]] = field(default_factory=dict)
     hidden: dict[str, Tensor] = field(default_factory=dict)
     entered: dict[str, Tensor] = field(default_factory=dict, repr=False)
@@ -134,6 +134,9 @@ class Call:
     flow: Flow | None = None
     layout: dict[str, tuple[list[Segment], list[Segment]]] = field(default_factory=dict, repr=False)
     rows: dict[str, dict[int, Rows]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.masks, self.attention = BySite(self.masks), BySite(self.attention)
 
     def __repr__(self) -> str:
         tokens = f"{sum(s.length for s in self.segments)} tokens in {len(self.segments)} segments"
