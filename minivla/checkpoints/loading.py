@@ -33,7 +33,11 @@ from minivla.data.stats import LEGACY_KEY, legacy_stats
 from minivla.files import read_json
 from minivla.policies.base import Policy, PolicyConfig
 
-POLICIES: dict[str, str] = {"act": "minivla.policies.act:ACT"}
+POLICIES: dict[str, str] = {
+    "act": "minivla.policies.act:ACT",
+    "diffusion": "minivla.policies.diffusion:DiffusionPolicy",
+    "vqbet": "minivla.policies.vqbet:VQBeT",
+}
 """`type` in config.json → "module:Class"."""
 
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"

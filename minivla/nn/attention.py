@@ -58,12 +58,16 @@ class MultiheadAttention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """query (B, Q, D), key and value (B, K, D), mask as in `attend`. Returns (B, Q, D)."""
-        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         q, k, v = (
-            rearrange(
-                F.linear(x, w, b), "batch token (heads width) -> batch heads token width", heads=self.heads
-            )
-            for x, w, b in zip((query, key, value), weights, biases, strict=True)
+            rearrange(x, "batch token (heads width) -> batch heads token width", heads=self.heads)
+            for x in self.project(query, key, value)
         )
         out = attend(q, k, v, mask, site=self.site, dropout=self.dropout if self.training else 0.0)
         return self.out_proj(rearrange(out, "batch heads token width -> batch token (heads width)"))
+
+    def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """Each through its share of the stacked projections, shapes unchanged; in one go if all are one."""
+        if query is key and key is value:
+            return F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        return tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))

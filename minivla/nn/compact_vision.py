@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange, repeat
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 
@@ -21,14 +21,17 @@ def coordinate_grid(rows: int, columns: int, device: torch.device | str = "cpu")
     return torch.stack((repeat(x, "x -> y x", y=rows), repeat(y, "y -> y x", x=columns)))
 
 
-def spatial_softmax(heat: Tensor) -> Tensor:
+def spatial_softmax(heat: Tensor, places: Tensor | None = None) -> Tensor:
     """The mean position under the softmax of each channel: one keypoint a channel.
 
-    heat (B, K, H, W). Returns (B, K, 2): x and y in [-1, 1]. Source: Levine et al. 2016, section 5.1.
+    heat (B, K, H, W); places (H · W, 2), x and y of each cell, or None for their centres in [-1, 1]. Returns
+    (B, K, 2). Source: Levine et al. 2016, section 5.1.
     """
-    grid = coordinate_grid(heat.shape[-2], heat.shape[-1], heat.device).to(heat.dtype)
+    if places is None:
+        grid = coordinate_grid(heat.shape[-2], heat.shape[-1], heat.device).to(heat.dtype)
+        places = rearrange(grid, "xy h w -> (h w) xy")
     weight = rearrange(heat, "batch k y x -> batch k (y x)").softmax(-1)
-    return einsum(weight, rearrange(grid, "xy h w -> xy (h w)"), "batch k cell, xy cell -> batch k xy")
+    return weight @ places
 
 
 class CompactVision(nn.Module):

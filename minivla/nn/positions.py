@@ -26,6 +26,19 @@ def sine_positions(length: int, width: int) -> Tensor:
     return _interleave(rearrange(position, "p -> p 1") / 10000 ** (2 * channel / width)).float()
 
 
+def sine_timesteps(timestep: Tensor, width: int) -> Tensor:
+    """Codes of diffusion timesteps (B,), whole or not. Returns (B, width), float32: sines, then cosines.
+
+    Frequencies fall from 1 to 1 / 10000. Source: Ho et al. 2020; LeRobot
+    `policies/diffusion/modeling_diffusion.py`, DiffusionSinusoidalPosEmb.
+    """
+    half = width // 2
+    channel = torch.arange(half, device=timestep.device)
+    frequency = torch.exp(channel * (-math.log(10000) / (half - 1)))
+    angle = rearrange(timestep, "b -> b 1") * frequency
+    return torch.cat((angle.sin(), angle.cos()), dim=-1)
+
+
 def sine_positions_2d(rows: int, columns: int, width: int, device: torch.device | str = "cpu") -> Tensor:
     """2-D position codes of an image's patches. Returns (rows * columns, width): first half for y, second for
     x.

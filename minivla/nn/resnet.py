@@ -171,4 +171,5 @@ def load_imagenet(network: ResNet, weights: str) -> None:
             "pretrained_backbone_weights=None to start from random weights."
         ) from error
     tensors = {k: v for k, v in load_file(path).items() if not k.startswith("fc.") and "num_batches" not in k}
-    network.load_state_dict(tensors, strict=True)
+    counts = {k: v for k, v in network.state_dict().items() if "num_batches" in k}  # of live batch norms
+    network.load_state_dict(tensors | counts, strict=True)

@@ -127,7 +127,8 @@ class PolicyConfig:
 
         Raises ValueError naming every field this class does not know: a setting we would silently not follow.
         """
-        given = {k: v for k, v in content.items() if k not in BOOKKEEPING and k != "minivla"}
+        own = {f.name for f in fields(cls)}
+        given = {k: v for k, v in content.items() if k in own or k not in BOOKKEEPING | {"minivla"}}
         for name in ("minivla", "normalization_mapping", "input_features", "output_features"):
             if not isinstance(table := content.get(name) or {}, Mapping):
                 raise ValueError(f"{name!r} holds {type(table).__name__}, expected a table {{name: value}}")
@@ -230,16 +231,18 @@ class Policy(nn.Module):
         """
         return {}
 
-    def preprocess(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+    def preprocess(self, raw: Mapping[str, Any], *, history: bool = True) -> dict[str, Any]:
         """Raw observations, batched or not, to the normalised batch the network sees, on the policy's device.
 
-        Raises ValueError or KeyError naming what does not fit: a camera, a size, a range
+        `history` False says that these are of one moment, as an environment gives them, which is unclear
+        where B is n_obs_steps. Raises ValueError or KeyError naming what does not fit
         (`minivla.data.raw.to_batch`).
         """
         pipeline = self._required(self.preprocessor, "preprocess")
-        history = None if self.config.observation_delta_indices is None else self.config.n_obs_steps
+        windowed = history and self.config.observation_delta_indices is not None
+        steps = self.config.n_obs_steps if windowed else None
         batch = pipeline(
-            to_batch(raw, self.config.input_features, n_obs_steps=history, rename=pipeline.rename_map)
+            to_batch(raw, self.config.input_features, n_obs_steps=steps, rename=pipeline.rename_map)
         )
         return {key: self._placed(value) for key, value in batch.items()}
 
@@ -276,26 +279,65 @@ class Policy(nn.Module):
         raise NotImplementedError
 
     def reset(self) -> None:
-        """Forget the episode: call it whenever the environment is reset."""
+        """Forget the episode, actions and observations: call it whenever the environment is reset."""
         self._queue: deque[Tensor] = deque()
+        self._seen: deque[dict[str, Tensor]] = deque(maxlen=self.config.n_obs_steps)
 
     @torch.no_grad()
     def select_action(self, batch: Batch) -> Tensor:
         """One step of control: the next normalised action (B, A). A new chunk is predicted when the queue is
         empty.
 
-        Raises ValueError when the batch size changes in the middle of a chunk.
+        `batch` is this moment's observation, (B, …); policies that see several keep the others themselves.
+        Raises ValueError when the batch size changes in the middle of an episode, or for a time axis.
         """
         self.eval()
+        self._remember(batch)
         if not self._queue:
-            chunk = self.predict_action_chunk(batch)
+            chunk = self.predict_action_chunk(self._with_history(batch))
             self._queue.extend(chunk[:, : self.config.n_action_steps].unbind(dim=1))
         expect_batch_size(batch, len(self._queue[0]))
         return self._queue.popleft()
 
+    def _remember(self, batch: Batch) -> None:
+        """Keep this observation beside the last; an episode's first one stands for all before it."""
+        if self.config.observation_delta_indices is None:
+            return
+        if self._seen:
+            expect_batch_size(batch, len(next(iter(self._seen[0].values()))))
+        now = {key: batch[key] for key in self.config.input_features}
+        for key, feature in self.config.input_features.items():
+            if now[key].ndim != len(feature.shape) + 1:
+                raise ValueError(
+                    f"'{key}' has shape {tuple(now[key].shape)}, expected (B, *{feature.shape}): "
+                    "select_action takes one moment's observation, predict_action_chunk a history (B, T, …)"
+                )
+        self._seen.extend([now] * (1 if self._seen else self.config.n_obs_steps))
+
+    def _with_history(self, batch: Batch) -> Batch:
+        """The batch with the observations kept so far, (B, T, …), for policies that see several."""
+        keys = self._seen[0] if self._seen else ()
+        return {**batch, **{key: torch.stack([past[key] for past in self._seen], dim=1) for key in keys}}
+
+    def expect_history(self, batch: Batch) -> None:
+        """Raises ValueError unless every input holds n_obs_steps observations, (B, T, …)."""
+        steps = self.config.n_obs_steps
+        for key, feature in self.config.input_features.items():
+            if batch[key].ndim != len(feature.shape) + 2 or batch[key].shape[1] != steps:
+                raise ValueError(
+                    f"'{key}' has shape {tuple(batch[key].shape)}, expected (B, {steps}, *{feature.shape}), "
+                    f"a history of n_obs_steps = {steps}. select_action keeps one itself; a dataset gives it "
+                    "with minivla.data.delta_timestamps(config, fps)"
+                )
+
     def act(self, raw: Mapping[str, Any]) -> Tensor:
         """One step of control for people: raw observation in, actions (B, A) in robot units out."""
-        return self.postprocess(self.select_action(self.preprocess(raw)))
+        return self.postprocess(self.select_action(self.preprocess(raw, history=False)))
+
+    @property
+    def schedule_start(self) -> int:
+        """With which training step the learning rate's schedule begins; before, the rate is constant."""
+        return 0
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
         """AdamW's parameter groups, as upstream trains them."""

@@ -31,7 +31,7 @@ HELP = {
     "output": "folder for the log, the plot and the checkpoints",
     "lr": "learning rate of the largest group (default: the policy's own)",
     "warmup_steps": "steps over which the learning rate rises",
-    "schedule": "cosine or constant",
+    "schedule": "cosine, constant, or upstream: as LeRobot trains this policy",
     "grad_clip": "largest norm of the gradient, or none",
     "ema": "decay of the averaged weights, such as 0.999",
     "mixed_precision": "bf16 or no (default: bf16 on a GPU that has it)",

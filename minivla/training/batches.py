@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import random
 import signal
+import warnings
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from minivla.data.features import ACTION
 from minivla.data.windows import delta_timestamps
@@ -116,13 +117,42 @@ def _ignore_interrupt(worker: int) -> None:
 def windowed(dataset: Any, config: Any) -> Any:
     """The dataset with the policy's windows, if it can make them (minivla.world's can) and has none yet.
 
-    Raises ValueError when the dataset is empty.
+    A policy whose config has `drop_n_last_frames` gets no windows that begin there (`without_last`). Raises
+    ValueError when the dataset is empty.
     """
     if len(dataset) == 0:
         raise ValueError("the dataset is empty (0 frames); record or select at least one episode")
-    if not hasattr(dataset, "windows") or getattr(dataset, "deltas", None):
+    if hasattr(dataset, "windows") and not getattr(dataset, "deltas", None):
+        dataset = dataset.windows(delta_timestamps(config, dataset.fps))
+    return without_last(dataset, getattr(config, "drop_n_last_frames", 0))
+
+
+def without_last(dataset: Any, count: int) -> Any:
+    """The dataset without the last `count` frames of each episode, whose windows are mostly padding.
+
+    As LeRobot's EpisodeAwareSampler (`datasets/sampler.py`). Warns, and keeps all, when the dataset is
+    neither minivla.world's nor a LeRobotDataset, and so does not tell its episodes. Raises ValueError when
+    nothing is left.
+    """
+    if not count:
         return dataset
-    return dataset.windows(delta_timestamps(config, dataset.fps))
+    if hasattr(dataset, "hf_dataset"):
+        episode = np.asarray(dataset.hf_dataset.with_format("numpy")["episode_index"][:])
+    elif hasattr(dataset, "columns"):
+        episode = dataset.columns["episode_index"]
+    else:
+        warnings.warn(
+            f"a {type(dataset).__name__} does not tell where episodes end: drop_n_last_frames = {count} is "
+            "not followed; leave these frames out of it, and set drop_n_last_frames=0",
+            stacklevel=3,
+        )
+        return dataset
+    kept = np.flatnonzero(episode[:-count] == episode[count:])
+    if not len(kept):
+        raise ValueError(
+            f"no episode has more than drop_n_last_frames = {count} frames; record longer ones, or lower it"
+        )
+    return Subset(dataset, kept.tolist())
 
 
 def check_batch(batch: Mapping[str, Any], config: Any) -> None:

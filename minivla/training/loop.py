@@ -17,7 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from minivla.training.batches import STEP, Batches, check_batch, preserved_rng, seed_all, to_device, windowed
-from minivla.training.optim import SCHEDULES, lr_factor, make_optimizer, set_lr
+from minivla.training.optim import SCHEDULES, make_optimizer, policy_lr_factor, set_lr
 from minivla.training.run import Interrupt, Run
 
 if TYPE_CHECKING:
@@ -93,8 +93,9 @@ def train(
     seed             decides the order of samples and every random number drawn
     output           folder for log, plot and checkpoints (None: nothing is written)
     lr               the largest group's learning rate, others in proportion (None: the policy's own)
-    warmup_steps     steps over which the learning rate rises
-    schedule         what follows: "cosine" (to zero) or "constant"
+    warmup_steps     steps over which the learning rate rises; a policy with a phase before (VQ-BeT's codes)
+                     begins them with the next
+    schedule         what follows: "cosine" (to zero) or "constant"; "upstream": all as LeRobot trains it
     grad_clip        largest norm of the gradient (None: not clipped, still logged)
     ema              decay of the averaged weights that are evaluated and saved (None: no average)
     mixed_precision  "bf16", "no", or None: bfloat16 on a GPU that has it
@@ -127,6 +128,8 @@ def train(
     model, stepper = accelerator.prepare(policy, optimizer, device_placement=[False, False])
     todo = range(run.step, steps)
     loader = batches.loader(todo, num_workers=num_workers, pin_memory=device.type == "cuda")
+    plan: Any = {"start": policy.schedule_start, "steps": steps, "warmup_steps": warmup_steps}
+    plan["schedule"] = schedule
     policy.train()
     with Interrupt() as interrupt, _bar(run.step, steps, shown=progress and run.main) as bar:
         mark = perf_counter()
@@ -137,9 +140,7 @@ def train(
                 loss, metrics = model(batch)
             accelerator.backward(loss)
             norm = accelerator.clip_grad_norm_(policy.parameters(), grad_clip or math.inf)
-            set_lr(
-                optimizer, rates, lr_factor(step, steps=steps, warmup_steps=warmup_steps, schedule=schedule)
-            )
+            set_lr(optimizer, rates, policy_lr_factor(policy.config, step, **plan))
             stepper.step()
             policy.zero_grad()
             run.stepped({"loss": loss.detach(), **metrics, "grad_norm": norm}, perf_counter() - mark)

@@ -1,4 +1,4 @@
-"""AdamW and its learning rate, averaged weights, and what is trainable at all."""
+"""Adam and its learning rate, averaged weights, and what is trainable at all."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SCHEDULES = ("cosine", "constant")
+SCHEDULES = ("cosine", "constant", "upstream")
 
 
-def make_optimizer(policy: Any, lr: float | None = None) -> torch.optim.AdamW:
+def make_optimizer(policy: Any, lr: float | None = None) -> torch.optim.Adam:
     """AdamW (Loshchilov & Hutter 2019) over `policy.optimizer_groups()`.
 
+    A group may have betas and eps of its own, and decoupled_weight_decay=False, which makes it plain Adam.
     `lr` replaces the largest rate among the groups; the others keep their ratio to it (ACT's backbone, for
     one). Raises ValueError when nothing is trainable.
     """
@@ -31,7 +32,8 @@ def make_optimizer(policy: Any, lr: float | None = None) -> torch.optim.AdamW:
     for group in groups:
         group["lr"] = group["lr"] if lr is None else lr * group["lr"] / largest
     fused = {p.device.type for group in groups for p in group["params"]} <= {"cpu", "cuda"}
-    return torch.optim.AdamW(groups, fused=fused)
+    # Not torch.optim.AdamW, which is this, but decouples every group again when its state is loaded.
+    return torch.optim.Adam(groups, decoupled_weight_decay=True, fused=fused)
 
 
 def lr_factor(step: int, *, steps: int, warmup_steps: int = 0, schedule: str = "cosine") -> float:
@@ -46,6 +48,28 @@ def lr_factor(step: int, *, steps: int, warmup_steps: int = 0, schedule: str = "
         return 1.0
     progress = (step - warmup_steps) / max(1, steps - warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def policy_lr_factor(
+    config: Any, step: int, *, start: int, steps: int, warmup_steps: int = 0, schedule: str = "cosine"
+) -> float:
+    """`lr_factor`, begun at step `start`; before, in a phase of its own, the factor is 1.
+
+    "upstream" is LeRobot's schedule for the policy of this config, whatever `warmup_steps`: 1 if it has no
+    scheduler_warmup_steps, else a rise from 0 and half a cosine, as long as the whole run. Source: LeRobot
+    0.6 `optim/schedulers.py`. Raises ValueError where the config names another than the cosine.
+    """
+    if step < start:
+        return 1.0
+    if schedule != "upstream":
+        return lr_factor(step - start, steps=steps - start, warmup_steps=warmup_steps, schedule=schedule)
+    if (name := getattr(config, "scheduler_name", "cosine")) != "cosine":
+        raise ValueError(f"scheduler_name is {name!r}, minivla knows 'cosine'; or give train its schedule=")
+    if (warmup := getattr(config, "scheduler_warmup_steps", None)) is None:
+        return 1.0
+    if step - start < warmup:
+        return (step - start) / warmup
+    return lr_factor(step - start - warmup, steps=steps - warmup)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, rates: Sequence[float], factor: float) -> None:

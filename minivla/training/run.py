@@ -79,6 +79,8 @@ class Run:
         try:
             self.policy.load_state_dict(state["policy"])
             self.optimizer.load_state_dict(state["optimizer"])
+            for name, buffer in self._counters():
+                buffer.copy_(state["counters"][name])
         except (RuntimeError, ValueError) as error:
             raise ValueError(
                 f"{self.output} was trained with another policy than this {type(self.policy).__name__}; "
@@ -121,8 +123,10 @@ class Run:
 
     def _write_record(self) -> None:
         self._settle()
-        keys = list(self.window[0])
-        means = [sum(numbers[key] for numbers in self.window) / len(self.window) for key in keys]
+        # A second phase may have other metrics: each is averaged over the steps that have it.
+        keys = list(dict.fromkeys(key for numbers in self.window for key in numbers))
+        columns = [[numbers[key] for numbers in self.window if key in numbers] for key in keys]
+        means = [sum(column) / len(column) for column in columns]
         if self.accelerator.num_processes > 1:
             means = self.accelerator.reduce(torch.tensor(means, device=self.policy.device), "mean").tolist()
         record = {"step": self.step, **dict(zip(keys, means, strict=True))}
@@ -183,12 +187,18 @@ class Run:
         return {
             "step": self.step,
             "policy": self.policy.state_dict(),
+            "counters": {name: buffer.clone() for name, buffer in self._counters()},
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.weights if self.average else None,
             "window": self.window,
             "settings": {key: self.options[key] for key in DECISIVE},
             TIMES: {"seconds": self.seconds, "window_seconds": self.window_seconds},
         }
+
+    def _counters(self) -> list[tuple[str, torch.Tensor]]:
+        """Buffers that no checkpoint holds and a run must not lose, such as where VQ-BeT's phase 1 stands."""
+        stored = self.policy.state_dict()
+        return [(name, buffer) for name, buffer in self.policy.named_buffers() if name not in stored]
 
     def _plot(self, final: bool) -> None:
         """Draw the log at the end of the run, and before at most once a minute, since drawing takes time."""
