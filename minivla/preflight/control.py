@@ -164,7 +164,8 @@ def open_loop_replay(subject: Subject) -> Iterator[Finding]:
         batch = subject.prepare(subject.recorded(rows[first : first + 8]))
         found.append(_robot_units(subject, running.chunk(policy, batch)))
     predicted = torch.cat(found)
-    recorded = recordings.chunks(rows, subject.config)
+    now = list(subject.config.action_delta_indices).index(0)  # some learn from past actions too
+    recorded = {key: value[:, now:] for key, value in recordings.chunks(rows, subject.config).items()}
     steps = min(predicted.shape[1], recorded[ACTION].shape[1])
     valid = ~recorded["action_is_pad"][:, :steps]
     mine, theirs = predicted[:, :steps][valid], recorded[ACTION][:, :steps][valid]

@@ -169,7 +169,7 @@ def queue_reset(subject: Subject) -> Iterator[Finding]:
 
     Threads: lerobot PR#343 #1116 #2277; SpatialVLA#52; strands#731; data4robotics#8.
     """
-    old, new = running.observed(subject.batch), running.observed(subject.baseline.others[0])
+    old, new = (running.moment(b, subject.config) for b in (subject.batch, subject.baseline.others[0]))
     used, fresh = subject.twin(), subject.patient
     for policy in (used, fresh):
         policy.reset()

@@ -18,6 +18,15 @@ def observed(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in batch.items() if not key.startswith(ACTION)}
 
 
+def moment(batch: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """What `select_action` is given: of a history (B, T, …) the newest observation."""
+    newest = config.observation_delta_indices is not None
+    return {
+        key: value[:, -1] if newest and key in config.input_features else value
+        for key, value in observed(batch).items()
+    }
+
+
 @torch.no_grad()
 def chunk(policy: Any, batch: Mapping[str, Any]) -> Tensor:
     """The chunk (B, H, A) a policy predicts, with the same random draws each time."""
