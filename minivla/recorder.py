@@ -89,11 +89,15 @@ def enter(name: str, tokens: Tensor) -> Tensor:
 
 @dataclass
 class Flow:
-    """A sampler's path. times (N + 1,), x (N + 1, B, H, A) from noise x[0] to result x[N], v (N, B, H, A)."""
+    """A sampler's path. times (N + 1,), x (N + 1, B, H, A) from noise x[0] to result x[N], v (N, B, H, A).
+
+    `quantity` says what v is: the velocity, or what a diffusion network predicts ("noise", "action").
+    """
 
     times: Tensor
     x: Tensor
     v: Tensor
+    quantity: str = "velocity"
 
 
 @dataclass

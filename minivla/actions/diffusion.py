@@ -24,7 +24,8 @@ from torch import Tensor
 from minivla import recorder
 from minivla.actions.flow import Field, Rng, draw_noise, expect_one_of, keep_flow
 
-PREDICTIONS = ("epsilon", "sample", "v_prediction")
+# What a network may predict, and what a reader calls it.
+PREDICTIONS = {"epsilon": "predicted noise", "sample": "predicted action", "v_prediction": "predicted v"}
 SAMPLERS = ("DDPM", "DDIM")
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
@@ -135,5 +136,5 @@ def sample(
         if recorder.current() is not None:
             path.append(x)
             predictions.append(step[0])
-    keep_flow(torch.tensor(times), path, predictions)
+    keep_flow(torch.tensor(times), path, predictions, PREDICTIONS[schedule.prediction])
     return x

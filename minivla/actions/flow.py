@@ -9,7 +9,7 @@ Sources: Liu et al. 2022 (rectified flow), Lipman et al. 2022 (flow matching).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -76,10 +76,12 @@ def euler(field: Field, noise: Tensor, steps: int, convention: Convention) -> Te
     return x
 
 
-def keep_flow(times: Tensor, path: list[Tensor], v: list[Tensor]) -> None:
-    """Give a trace the path of a sampler: times (N + 1,), N + 1 points, N predictions, (B, H, A) each."""
+def keep_flow(times: Tensor, path: list[Tensor], v: list[Tensor], quantity: str = "velocity") -> None:
+    """Give a trace the path of a sampler: times (N + 1,), N + 1 points, N predictions, (B, H, A) each, and
+    what it is that is predicted.
+    """
     if (call := recorder.current()) is not None:
-        call.flow = recorder.Flow(times, torch.stack(path).detach(), torch.stack(v).detach())
+        call.flow = recorder.Flow(times, torch.stack(path).detach(), torch.stack(v).detach(), quantity)
 
 
 def draw_noise(shape: tuple[int, ...], like: Tensor, generator: Rng = None) -> Tensor:
@@ -90,7 +92,7 @@ def draw_noise(shape: tuple[int, ...], like: Tensor, generator: Rng = None) -> T
     return torch.randn(shape, generator=generator, device=place, dtype=like.dtype).to(like.device)
 
 
-def expect_one_of(name: str, given: str, known: Sequence[str]) -> None:
+def expect_one_of(name: str, given: str, known: Collection[str]) -> None:
     """Raises ValueError unless the setting `name` is one of those that are known."""
     if given not in known:
         raise ValueError(f"{name} is {given!r}, expected one of {', '.join(known)}")

@@ -135,6 +135,8 @@ def time_convention(subject: Subject) -> Iterator[Finding]:
             "x at the noise end of time is the noise itself; look which end of time the sampler starts from"
         )
         yield Finding("time-start", ERROR, "sampler", what, mend)
+    if flow.quantity != "velocity":  # a prediction of something else does not point along the path
+        return
     walked = (flow.x[-1] - flow.x[0]).flatten()
     times = flow.times.to(flow.v)
     steps = (times[1:] - times[:-1]).reshape(-1, *[1] * (flow.v.ndim - 1))

@@ -38,7 +38,7 @@ def plot_flow(
     step: int | None = 0,
     field: Field | None = None,
     time: float | None = None,
-    quantity: str = "velocity",
+    quantity: str | None = None,
     ax: Axes | None = None,
     title: str | None = None,
 ) -> Figure:
@@ -56,6 +56,7 @@ def plot_flow(
     None, shapes that do not fit together, and a sample, dimension or step out of range.
     """
     times, x, v = check_flow(flow, sample, dimensions, step)
+    quantity = quantity or str(getattr(flow, "quantity", "velocity"))
     moment = float(times[len(times) // 2]) if time is None else time
     with palette.style():
         own = ax is None
@@ -86,7 +87,7 @@ def plot_convergence(
     flow: Flow | None,
     *,
     sample: int = 0,
-    quantity: str = "velocity",
+    quantity: str | None = None,
     ax: Axes | None = None,
     title: str | None = None,
 ) -> Figure:
@@ -96,6 +97,7 @@ def plot_convergence(
     are those of `convergence`. Raises ValueError as `plot_flow` does.
     """
     times, x, v = check_flow(flow, sample)
+    quantity = quantity or str(getattr(flow, "quantity", "velocity"))
     with palette.style():
         own = ax is None
         figure, ax = palette.panel(ax, 2.8)
@@ -185,8 +187,8 @@ def flow_title(x: np.ndarray, sample: int) -> str:
     lost = ~np.isfinite(x[:, sample]).all(axis=(-2, -1))
     if lost.any():
         return f"From noise to action in {steps}: not finite from step {int(lost.argmax())} on"
-    times = np.arange(len(x))
-    detour = convergence(Flow(*(torch.as_tensor(a) for a in (times, x, x[1:]))))[2][sample]
+    times, points = torch.arange(len(x)), torch.as_tensor(x)
+    detour = convergence(Flow(times, points, points[1:]))[2][sample]
     shape = "along a straight line" if detour < 1.005 else f"on a way {detour:.2f} × the straight line"
     return f"From noise to action in {steps}, {shape}"
 
