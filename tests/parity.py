@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -100,3 +101,13 @@ def write_ledger(family: str, rows: list[Row]) -> None:
         LEDGER.mkdir(parents=True, exist_ok=True)
         table = [asdict(row) | {"error": float(f"{row.error:.1e}"), "ok": row.ok} for row in rows]
         (LEDGER / f"{family}.json").write_text(json.dumps(table, indent=1) + "\n")
+
+
+def their_features(*tables: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Tables of our features, as LeRobot's."""
+    from lerobot.configs import FeatureType, PolicyFeature
+
+    return [
+        {key: PolicyFeature(FeatureType(feature.type.value), feature.shape) for key, feature in table.items()}
+        for table in tables
+    ]

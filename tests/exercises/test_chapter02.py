@@ -4,7 +4,6 @@ import json
 import math
 from pathlib import Path
 
-import pytest
 import torch
 
 from minivla.exercises import chapter02
@@ -81,16 +80,6 @@ MISTAKES = [
     (chapter02.check_active, without_the_variance, "expected 3"),
     (chapter02.check_active, of_the_sum, "falls below the threshold"),
 ]
-
-
-@pytest.mark.parametrize(
-    ("check", "mistake", "says"), MISTAKES, ids=[mistake.__name__ for _, mistake, _ in MISTAKES]
-)
-def test_rejects_a_plausible_mistake(check, mistake, says, capsys):
-    check(mistake)
-    said = capsys.readouterr().out
-    assert said.startswith("not yet: ")
-    assert says in said
 
 
 def test_a_reader_may_count_the_weights_from_one(capsys):

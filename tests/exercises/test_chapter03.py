@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import pytest
 import torch
 
 from minivla.exercises import chapter03
@@ -96,17 +95,6 @@ MISTAKES = [
     (chapter03.check_diagnose, cameras_alone, "dy around 2"),
     (chapter03.check_diagnose, statistics_alone, "wrist 12 %"),
 ]
-
-
-@pytest.mark.parametrize(
-    ("check", "mistake", "says"), MISTAKES, ids=[mistake.__name__ for _, mistake, _ in MISTAKES]
-)
-def test_rejects_a_plausible_mistake(check, mistake, says, capsys):
-    check(mistake)
-    said = capsys.readouterr().out
-    assert said.startswith("not yet: ")
-    assert said.count("\n") == 1
-    assert says in said
 
 
 def test_the_notebook_shows_a_starter_and_a_solution_for_each_check():

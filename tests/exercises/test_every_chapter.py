@@ -1,10 +1,12 @@
-"""Every check of every chapter accepts its solution and knows a starter that nobody has touched."""
+"""Every check of every chapter accepts its solution, names a plausible mistake and knows a starter."""
 
 import pytest
 
 from tests.exercises import test_chapter01, test_chapter02, test_chapter03
 
-CHECKS = [pair for chapter in (test_chapter01, test_chapter02, test_chapter03) for pair in chapter.CHECKS]
+CHAPTERS = (test_chapter01, test_chapter02, test_chapter03)
+CHECKS = [pair for chapter in CHAPTERS for pair in chapter.CHECKS]
+MISTAKES = [mistake for chapter in CHAPTERS for mistake in chapter.MISTAKES]
 names = [check.__name__ for check, _ in CHECKS]
 
 
@@ -22,3 +24,14 @@ def test_accepts_the_solution(check, solution, capsys):
 def test_knows_a_starter(check, capsys):
     check(starter)
     assert capsys.readouterr().out == "not attempted yet\n"
+
+
+@pytest.mark.parametrize(
+    ("check", "mistake", "says"), MISTAKES, ids=[mistake.__name__ for _, mistake, _ in MISTAKES]
+)
+def test_rejects_a_plausible_mistake(check, mistake, says, capsys):
+    check(mistake)
+    said = capsys.readouterr().out
+    assert said.startswith("not yet: ")
+    assert said.count("\n") == 1
+    assert says in said

@@ -13,7 +13,7 @@ from torch import Tensor
 import minivla
 from minivla.data.features import FeatureType, PolicyFeature
 from minivla.policies.act import ACT, ACTConfig
-from tests.parity import LEDGER, Row, compare, first_red, redraw, relative_error, write_ledger
+from tests.parity import LEDGER, Row, compare, first_red, redraw, relative_error, their_features, write_ledger
 
 TINY = {
     "chunk_size": 6,
@@ -74,15 +74,10 @@ def make_batch(case: Case, size: int = 3) -> dict[str, Tensor]:
 
 
 def make_theirs(case: Case, **settings: Any):
-    from lerobot.configs import FeatureType as TheirType
-    from lerobot.configs import PolicyFeature as TheirFeature
     from lerobot.policies.act.configuration_act import ACTConfig as TheirConfig
     from lerobot.policies.act.modeling_act import ACTPolicy
 
-    inputs, outputs = (
-        {key: TheirFeature(TheirType(feature.type.value), feature.shape) for key, feature in table.items()}
-        for table in features(case)
-    )
+    inputs, outputs = their_features(*features(case))
     config = TheirConfig(
         input_features=inputs, output_features=outputs, device="cpu", **TINY | case.settings | settings
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 import minivla
 from minivla.data.features import FeatureType, PolicyFeature
 from minivla.policies.diffusion import DiffusionConfig, DiffusionPolicy
-from tests.parity import LEDGER, Row, compare, first_red, redraw, relative_error, write_ledger
+from tests.parity import LEDGER, Row, compare, first_red, redraw, relative_error, their_features, write_ledger
 
 TINY = {
     "horizon": 8,
@@ -81,15 +81,10 @@ def make_batch(case: Case, *, seed: int = 1) -> dict[str, Tensor]:
 
 
 def make_theirs(case: Case, **settings: Any):
-    from lerobot.configs import FeatureType as TheirType
-    from lerobot.configs import PolicyFeature as TheirFeature
     from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig as TheirConfig
     from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy as TheirPolicy
 
-    inputs, outputs = (
-        {key: TheirFeature(TheirType(feature.type.value), feature.shape) for key, feature in table.items()}
-        for table in features(case)
-    )
+    inputs, outputs = their_features(*features(case))
     config = TheirConfig(
         input_features=inputs, output_features=outputs, device="cpu", **TINY | case.settings | settings
     )
