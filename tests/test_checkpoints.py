@@ -850,7 +850,9 @@ def test_peak_memory_is_near_one_copy(tmp_path: Path) -> None:
             write_zeros(tmp_path / name, config, ACT(config), dtype)
     for name in ("half", "full"):  # a process each: what an earlier load has freed would be used again
         call = [sys.executable, "-c", MEASURE, str(tmp_path / "small"), str(tmp_path / name)]
-        out = subprocess.run(call, check=True, capture_output=True, text=True).stdout
-        peak, size = map(int, out.split())
+        # Pages of the file count as the process's as long as the kernel leaves them mapped, which a busy
+        # machine does for longer: that only adds, so the least of three is what loading needs.
+        runs = [subprocess.run(call, check=True, capture_output=True, text=True).stdout for _ in range(3)]
+        peak, size = min(tuple(map(int, out.split())) for out in runs)
         assert size > 350 * 1024
         assert 0.9 * size < peak < 1.3 * size
