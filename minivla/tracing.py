@@ -89,6 +89,7 @@ class _Watch:
         self.stance: Any = None
 
     def begin(self, policy: Any) -> None:
+        """A trace of this policy opens."""
         from minivla import upstream
 
         with self.lock:
@@ -101,6 +102,7 @@ class _Watch:
         self.run_eagerly()
 
     def end(self, policy: Any) -> None:
+        """A trace of this policy closes."""
         with self.lock:
             for each in _policies_in(policy):
                 self.watchers[id(each)] -= 1

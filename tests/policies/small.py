@@ -12,25 +12,30 @@ from minivla.policies.act import ACT, ACTConfig
 CAMERAS = ("observation.images.table", "observation.images.wrist")
 
 
+# The smallest ACT that still has every part.
+TINY = {
+    "chunk_size": 6,
+    "n_action_steps": 4,
+    "dim_model": 16,
+    "n_heads": 2,
+    "dim_feedforward": 24,
+    "n_encoder_layers": 1,
+    "n_vae_encoder_layers": 1,
+    "latent_dim": 4,
+    "dropout": 0.0,
+    "pretrained_backbone_weights": None,
+    "compact_vision": True,
+}
+WORDS = ("put", "the", "red", "blue", "block", "on", "square")
+
+
 def tiny_config(**settings: Any) -> ACTConfig:
     inputs = {key: PolicyFeature(FeatureType.VISUAL, (3, 64, 64)) for key in CAMERAS}
     inputs["observation.state"] = PolicyFeature(FeatureType.STATE, (3,))
-    options = {
-        "chunk_size": 6,
-        "n_action_steps": 4,
-        "dim_model": 16,
-        "n_heads": 2,
-        "dim_feedforward": 24,
-        "n_encoder_layers": 1,
-        "n_vae_encoder_layers": 1,
-        "latent_dim": 4,
-        "dropout": 0.0,
-        "pretrained_backbone_weights": None,
-        "compact_vision": True,
-        "vocabulary": ("put", "the", "red", "blue", "block", "on", "square"),
-    }
     outputs = {"action": PolicyFeature(FeatureType.ACTION, (2,))}
-    return ACTConfig(input_features=inputs, output_features=outputs, **options | settings)
+    return ACTConfig(
+        input_features=inputs, output_features=outputs, **TINY | {"vocabulary": WORDS} | settings
+    )
 
 
 def tiny_stats() -> dict[str, dict[str, torch.Tensor]]:

@@ -14,6 +14,7 @@ from minivla.data.windows import delta_timestamps
 from minivla.policies.act import ACT, ACTConfig
 from minivla.preflight import doctor
 from minivla.world import VOCABULARY
+from tests.policies.small import TINY
 
 TABLE, WRIST = "observation.images.table", "observation.images.wrist"
 STATE = "observation.state"
@@ -46,20 +47,7 @@ def small_act(dataset, seed: int = 0, **settings: Any) -> ACT:
     """An untrained ACT for a dataset of Tabletop's."""
     torch.manual_seed(seed)
     inputs, outputs = features_of(dataset)
-    options = {
-        "chunk_size": 8,
-        "n_action_steps": 4,
-        "dim_model": 16,
-        "n_heads": 2,
-        "dim_feedforward": 24,
-        "n_encoder_layers": 1,
-        "n_vae_encoder_layers": 1,
-        "latent_dim": 4,
-        "dropout": 0.0,
-        "pretrained_backbone_weights": None,
-        "compact_vision": True,
-        "vocabulary": VOCABULARY,
-    }
+    options = TINY | {"chunk_size": 8, "vocabulary": VOCABULARY}
     config = ACTConfig(input_features=inputs, output_features=outputs, **options | settings)
     return ACT(config, dataset.stats, allow_constant=True)
 

@@ -20,14 +20,6 @@ from tests.preflight.patients import TABLE, bind, patient_of, small_act, spoiled
 FEATURE = PolicyFeature(FeatureType.VISUAL, (3, 16, 16))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def walking(*, step: float = 1.0, deaf: bool = False, other_end: bool = False):
     """An ACT that walks to its chunk from noise in four steps; time runs from 1, noise, to 0."""
 

@@ -19,14 +19,6 @@ from tests.policies.small import tiny_act, tiny_raw
 from tests.preflight.patients import patient_of, small_act
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def trained():
     return minivla.load("act-tabletop")

@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 import minivla
 from minivla.world import demonstrations
 from tests.preflight.fault_table import FAULTS
 from tests.preflight.patients import Patient, patient_of, small_act, spoiled
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
