@@ -167,7 +167,7 @@ def _to_float(column: Tensor) -> Tensor:
 
 
 def demonstrations(
-    task: str,
+    task: str | Sequence[str],
     episodes: int,
     seed: int,
     *,
@@ -182,6 +182,7 @@ def demonstrations(
 ) -> Demonstrations:
     """Successful episodes of the expert, `episodes` of them; the same ones for the same seed.
 
+    task: one task, or several, which take turns: episode i is of task i modulo their number.
     noise: the share of steps, in [0, 1), in which a disturbance moves the robot elsewhere than the recorded
     action says.
     delta_timestamps: as in `Demonstrations.windows`.
@@ -194,15 +195,19 @@ def demonstrations(
         raise ValueError(
             f"episodes={episodes}, seed={seed}, noise={noise}; expected ≥ 1, ≥ 0 and 0 ≤ noise < 1."
         )
-    env = Tabletop(task, embodiment, size, tuple(cameras), environment_state, split=split)
-    bar = tqdm(range(episodes), desc=f"{task} demonstrations", disable=not progress)
-    kept = [_successful_episode(env, np.random.default_rng([seed, i]), noise) for i in bar]
+    tasks = (task,) if isinstance(task, str) else tuple(task)
+    if not tasks:
+        raise ValueError("task is empty; expected one task, or several: task=('detour', 'pick_place').")
+    settings = (embodiment, size, tuple(cameras), environment_state)
+    envs = [Tabletop(each, *settings, split=split) for each in tasks]
+    bar = tqdm(range(episodes), desc=f"{', '.join(tasks)} demonstrations", disable=not progress)
+    kept = [_successful_episode(envs[i % len(envs)], np.random.default_rng([seed, i]), noise) for i in bar]
     frames = [frame for episode, *_ in kept for frame in episode]
     return Demonstrations(
         {key: np.stack([frame[key] for frame in frames]) for key in frames[0]},
         [len(episode) for episode, *_ in kept],
         [instruction for _, instruction, _ in kept],
-        columns_of(env),
+        columns_of(envs[0]),
         delta_timestamps=delta_timestamps,
         # A disturbed step carried out another action than the recorded one: such an episode does not repeat.
         seeds=None if noise else [seed for *_, seed in kept],

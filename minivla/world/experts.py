@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from minivla.world import spec
-from minivla.world.scene import Gripper, Scene, distance, distance_to_segment
+from minivla.world.scene import Scene, distance, distance_to_segment
 from minivla.world.tabletop import Tabletop
 
 OPEN, CLOSE = -1.0, 1.0
@@ -144,14 +144,3 @@ def _around_obstacle(scene: Scene, here: np.ndarray, there: np.ndarray, seed: in
     by_chance = np.random.default_rng([scene.seed, seed]).random() < 0.5
     side = lean > 0 if abs(lean) > 0.05 else by_chance
     return wall + (left if side else -left) * (radius + 0.08)
-
-
-def detour_side(scene: Scene, gripper: Gripper) -> str:
-    """On which side of the line from the obstacle to the goal a gripper is, "left" or "right".
-
-    Raises ValueError where there is no obstacle.
-    """
-    if scene.obstacle is None:
-        raise ValueError("The scene has no obstacle to be beside; detour's scenes have.")
-    ahead, offset = scene.goals[scene.part.goal].position - scene.obstacle, gripper.position - scene.obstacle
-    return "left" if float(ahead[0] * offset[1] - ahead[1] * offset[0]) > 0 else "right"

@@ -176,3 +176,28 @@ def distance_to_segment(point: np.ndarray, start: np.ndarray, end: np.ndarray) -
     along = end - start
     share = float((point - start) @ along) / max(float(along @ along), 1e-12)
     return distance(point, start + min(max(share, 0.0), 1.0) * along)
+
+
+def detour_side(scene: Scene, gripper: Gripper) -> str:
+    """On which side of the line from the obstacle to the goal a gripper is, "left" or "right".
+
+    Raises ValueError where there is no obstacle.
+    """
+    ahead, offset = _detour(scene, gripper)
+    return "left" if float(ahead[0] * offset[1] - ahead[1] * offset[0]) > 0 else "right"
+
+
+def detour_passed(scene: Scene, gripper: Gripper) -> bool:
+    """Whether a gripper is beside the obstacle or beyond it, on the way to the goal.
+
+    Raises ValueError where there is no obstacle.
+    """
+    ahead, offset = _detour(scene, gripper)
+    return float(ahead @ offset) >= 0
+
+
+def _detour(scene: Scene, gripper: Gripper) -> tuple[np.ndarray, np.ndarray]:
+    """From the obstacle to the goal, and to the gripper, both (2,)."""
+    if scene.obstacle is None:
+        raise ValueError("The scene has no obstacle to be beside; detour's scenes have.")
+    return scene.goals[scene.part.goal].position - scene.obstacle, gripper.position - scene.obstacle

@@ -11,7 +11,7 @@ from minivla.data.features import OBS_ENV_STATE, OBS_IMAGES, OBS_STATE
 from minivla.world import language, spec
 from minivla.world.embodiments import EMBODIMENTS
 from minivla.world.render import WIDTHS, Camera
-from minivla.world.scene import Scene
+from minivla.world.scene import Scene, detour_passed, detour_side, distance
 from minivla.world.tasks import MAX_STEPS, TASKS
 
 SCREEN = 384  # pixels along a side of what `render` shows
@@ -31,9 +31,11 @@ class Tabletop(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
     Observations are a dict with LeRobot's keys: `observation.state` float32 (S,),
     `observation.images.<camera>` uint8 (size, size, 3), `observation.environment_state` float32 (E,):
     positions of the current part's block and goal, then of the others. `info` has `task` (the instruction),
-    `subtask` (its current part) and `is_success`. The reward is 1 on the step that finishes the task, which
-    ends the episode, else 0. Actions are described by `action_spec`. Raises ValueError for unknown
-    names and numbers out of range, TypeError for arguments of the wrong kind.
+    `subtask` (its current part), `is_success` and, where there is an obstacle, `side`: None until the gripper
+    has come round it, then "left" or "right" as seen from the obstacle, looking at the goal. The reward is 1
+    on the step that finishes the task, which ends the episode, else 0. Actions are described by
+    `action_spec`. Raises ValueError for unknown names and numbers out of range, TypeError for arguments of
+    the wrong kind.
     """
 
     metadata = {"render_modes": ["rgb_array", "human"], "render_fps": spec.FPS}  # noqa: RUF012
@@ -75,6 +77,7 @@ class Tabletop(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         self.observation_space = self._observation_space()
         self.scene = Scene([], [], [])
         self.elapsed = 0
+        self._side: str | None = None
         self._window: Any = None
 
     def _camera(self, name: str) -> Camera:
@@ -105,7 +108,7 @@ class Tabletop(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         super().reset(seed=seed)
         self.scene = TASKS[self.task](self.np_random, self.embodiment, self.split)
         self.embodiment.settle(self.scene)
-        self.elapsed = 0
+        self.elapsed, self._side = 0, None
         for camera in self.cameras.values():
             camera.prepare(self.scene)
         return self._observe(), self._info(False)
@@ -184,7 +187,15 @@ class Tabletop(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         return observation
 
     def _info(self, success: bool) -> dict[str, Any]:
-        return {"task": self.scene.instruction, "subtask": self.scene.part.text, "is_success": success}
+        scene = self.scene
+        info = {"task": scene.instruction, "subtask": scene.part.text, "is_success": success}
+        if scene.obstacle is None:
+            return info
+        carried = scene.blocks[scene.part.block].position
+        carrier = min(scene.grippers, key=lambda gripper: distance(gripper.position, carried))
+        if self._side is None and detour_passed(scene, carrier):
+            self._side = detour_side(scene, carrier)
+        return info | {"side": self._side}
 
 
 def _where(scene: Scene) -> np.ndarray:

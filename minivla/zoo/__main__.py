@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from minivla.checkpoints.hub import CHECKPOINTS
-from minivla.zoo.recipes import RECIPES, cook, measure
+from minivla.zoo import RECIPES, cook, experiment, measure
 
 
 def main() -> None:
@@ -20,8 +20,15 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=200, help="unseen seeds to evaluate on")
     parser.add_argument("--target", type=Path, default=CHECKPOINTS, help="where the checkpoint is put")
     parser.add_argument("--measure", action="store_true", help="train nothing, measure what is there")
+    parser.add_argument(
+        "--experiments", action="store_true", help="run what is there in other ways too, into measured.json"
+    )
     options = parser.parse_args()
     where = {"episodes": options.episodes, "target": options.target}
+    if options.experiments:
+        for run in experiment(options.name, **where):
+            print(run)
+        return
     if options.measure:
         measured = measure(options.name, **where)
     else:

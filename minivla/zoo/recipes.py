@@ -1,49 +1,39 @@
-"""One recipe a shipped checkpoint: the world it learns in, the policy's sizes, how long it trains, how it is
-measured.
-"""
+"""One recipe a shipped checkpoint: the world it learns in, the policy's sizes, how long it trains."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from minivla.checkpoints import load
-from minivla.checkpoints.hub import CHECKPOINTS
 from minivla.data.features import features_of
-from minivla.files import atomic_write
 from minivla.policies.act import ACT, ACTConfig
 from minivla.policies.base import Policy
-from minivla.training import Evaluation, evaluate, train
-from minivla.world import VOCABULARY, demonstrations
-
-CLIPPED = (
-    "share of steps; the expert's grip always lies at a bound, and predictions beyond it by any amount count"
-)
-UNSEEN = 2_000_000  # first seed of the evaluation: far from every seed that training or its checks use
+from minivla.policies.diffusion import DiffusionConfig, DiffusionPolicy
+from minivla.policies.vqbet import VQBeT, VQBeTConfig
+from minivla.world import VOCABULARY
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What it takes to train a shipped checkpoint.
 
-    task, episodes, data_seed   the demonstrations; `noise` as in `minivla.world.demonstrations`
+    tasks, episodes, data_seed  the demonstrations; `noise` as in `minivla.world.demonstrations`
     make                        builds the policy from the demonstrations
     training                    options of `minivla.train`
-    aim                         the success rate the recipe is meant to reach
+    aim                         the success rate the recipe is meant to reach, on each task
+    experiments                 other ways of running the checkpoint (`minivla.zoo.measuring.experiment`)
     """
 
     name: str
     make: Callable[[Any], Policy]
-    task: str = "pick_place"
+    tasks: tuple[str, ...] = ("pick_place",)
     episodes: int = 800
     data_seed: int = 0
     noise: float = 0.15
     training: Mapping[str, Any] = field(default_factory=dict)
     aim: float = 0.95
+    experiments: tuple[Mapping[str, Any], ...] = ()
 
 
 def _act(dataset: Any) -> Policy:
@@ -70,91 +60,95 @@ def _act(dataset: Any) -> Policy:
     return ACT(config, stats=dataset.stats)
 
 
+def _diffusion(dataset: Any) -> Policy:
+    """A small Diffusion Policy that reads the instruction: 1.7 M parameters, two observations, 16 actions."""
+    inputs, outputs = features_of(dataset)
+    config = DiffusionConfig(
+        input_features=inputs,
+        output_features=outputs,
+        n_obs_steps=2,
+        horizon=16,
+        n_action_steps=8,
+        drop_n_last_frames=0,  # what is seen near the end is seen when acting too
+        compact_vision=True,
+        vocabulary=VOCABULARY,
+        pretrained_backbone_weights=None,
+        down_dims=(64, 128),
+        diffusion_step_embed_dim=64,
+        noise_scheduler_type="DDIM",
+        num_inference_steps=10,
+        optimizer_lr=1e-3,
+    )
+    return DiffusionPolicy(config, stats=dataset.stats)
+
+
+def _vqbet(dataset: Any) -> Policy:
+    """A small VQ-BeT that reads the instruction: two observations, chunks of 5, two levels of 16 codes."""
+    inputs, outputs = features_of(dataset)
+    config = VQBeTConfig(
+        input_features=inputs,
+        output_features=outputs,
+        n_obs_steps=2,
+        crop_shape=None,
+        several_cameras=True,
+        compact_vision=True,
+        vocabulary=VOCABULARY,
+        pretrained_backbone_weights=None,
+        n_vqvae_training_steps=2_000,
+        vqvae_embedding_dim=64,
+        gpt_input_dim=128,
+        gpt_hidden_dim=128,
+        gpt_output_dim=128,
+        gpt_n_layer=4,
+        gpt_n_head=4,
+        gpt_block_size=16,
+        offset_loss_weight=100.0,
+        optimizer_lr=1e-3,
+    )
+    return VQBeT(config, stats=dataset.stats)
+
+
+BOTH = ("detour", "pick_place")
+SAMPLERS: tuple[Mapping[str, Any], ...] = (
+    *({"noise_scheduler_type": "DDPM", "num_inference_steps": steps} for steps in (100, 50, 10, 5)),
+    *({"noise_scheduler_type": "DDIM", "num_inference_steps": steps} for steps in (100, 50, 10, 5, 2, 1)),
+)
+LOOKING_AGAIN: tuple[Mapping[str, Any], ...] = tuple(
+    {"n_action_steps": steps} for steps in (1, 2, 4, 8, 12, 15)
+)
+CHOOSING: tuple[Mapping[str, Any], ...] = (
+    *({"bet_softmax_temperature": temperature} for temperature in (1e-3, 0.1, 0.5, 1.0)),
+    *({"change": change} for change in ("no offsets", "first level only")),
+)
+
 RECIPES: dict[str, Recipe] = {
     "act-tabletop": Recipe(
         name="act-tabletop",
         make=_act,
         training={"steps": 5_000, "batch_size": 32, "warmup_steps": 200, "ema": 0.999},
-    )
+    ),
+    "diffusion-tabletop": Recipe(
+        name="diffusion-tabletop",
+        make=_diffusion,
+        tasks=BOTH,
+        episodes=1_600,
+        training={"steps": 12_000, "batch_size": 64, "warmup_steps": 500, "ema": 0.999},
+        experiments=SAMPLERS + LOOKING_AGAIN,
+    ),
+    "vqbet-tabletop": Recipe(
+        name="vqbet-tabletop",
+        make=_vqbet,
+        tasks=BOTH,
+        episodes=1_600,
+        training={"steps": 14_000, "batch_size": 64, "warmup_steps": 500, "ema": 0.999},
+        aim=0.9,
+        experiments=CHOOSING,
+    ),
 }
 
 
-def cook(
-    name: str, *, runs: Path, steps: int | None = None, episodes: int = 200, target: Path = CHECKPOINTS
-) -> dict[str, Evaluation]:
-    """Train a recipe (going on where an earlier run stopped), ship it into `target`, measure the shipped.
-
-    `runs` holds the run's log and checkpoints; `steps` overrides the recipe's, `episodes` is how many unseen
-    seeds the evaluation takes. The checkpoint is stored in float16, and it is the stored one that is
-    measured. Returns `measure`'s. Raises ValueError for an unknown name.
-    """
-    recipe = _recipe(name)
-    dataset = demonstrations(recipe.task, recipe.episodes, recipe.data_seed, noise=recipe.noise)
-    torch.manual_seed(0)
-    options = dict(recipe.training) | ({"steps": steps} if steps else {})
-    output = runs / name
-    result = train(
-        recipe.make(dataset),
-        dataset,
-        output=output,
-        resume=output.exists(),
-        save_every=1000,
-        keep=2,
-        **options,
-    )
-    # The clock of the log goes on where an interrupted run stopped.
-    minutes = max((record["time"]["seconds"] for record in result.log if "time" in record), default=0) / 60
-    folder = target / name
-    result.policy.save(folder, dtype=torch.float16)
-    measured = measure(name, episodes=episodes, target=target)
-    atomic_write(folder / "README.md", _card(recipe, options, result.policy, measured, minutes))
-    return measured
-
-
-def measure(name: str, *, episodes: int = 200, target: Path = CHECKPOINTS) -> dict[str, Evaluation]:
-    """Success of a shipped checkpoint on seeds it never saw: with instructions of the kind it was trained on
-    ("success"), and with combinations of colour, shape and wording held out of training ("held-out words").
-
-    Raises ValueError for an unknown name.
-    """
-    recipe = _recipe(name)
-    splits = {"success": "train", "held-out words": "test"}
-    return {
-        row: evaluate(
-            load(target / name), f"tabletop:{recipe.task}?split={split}", episodes, UNSEEN, progress=False
-        )
-        for row, split in splits.items()
-    }
-
-
-def _recipe(name: str) -> Recipe:
+def recipe_of(name: str) -> Recipe:
+    """A recipe by name. Raises ValueError for an unknown one."""
     if name not in RECIPES:
         raise ValueError(f"no recipe is called {name!r}; there are {', '.join(RECIPES)}")
     return RECIPES[name]
-
-
-def _card(
-    recipe: Recipe,
-    options: Mapping[str, Any],
-    policy: Policy,
-    measured: Mapping[str, Evaluation],
-    minutes: float,
-) -> str:
-    parameters = sum(p.numel() for p in policy.parameters())
-    rows = {
-        "policy": f"{policy.name}, {parameters / 1e6:.2f} M parameters, stored in float16",
-        "task": f"Tabletop `{recipe.task}`, cartesian gripper, cameras table and wrist, 64 × 64",
-        "demonstrations": f"{recipe.episodes} episodes, data seed {recipe.data_seed}, noise {recipe.noise}",
-        "training": ", ".join(f"{k} {v}" for k, v in options.items()),
-        "time to train": f"{minutes:.0f} minutes, {torch.get_num_threads()} CPU threads",
-        **{row: str(result) for row, result in measured.items()},
-        "measured": f"95 % Wilson interval, unseen seeds from {UNSEEN:,} on",
-        "clipped": CLIPPED,
-        "aim": f"{recipe.aim:.0%}",
-        "again": f"`make zoo NAME={recipe.name}`; only measured: add `ARGS=--measure`",
-        "licence": "Apache-2.0",
-    }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return (
-        f"# {recipe.name}\n\nTrained from scratch by `minivla/zoo/recipes.py`.\n\n| | |\n|---|---|\n{table}\n"
-    )

@@ -6,7 +6,7 @@ import pytest
 
 import minivla.world as world
 from minivla.world.demonstrations import Disturbance
-from minivla.world.experts import detour_side
+from minivla.world.scene import detour_side
 
 PAIRS = [(task, body) for task in world.TASKS for body in world.EMBODIMENTS]
 
