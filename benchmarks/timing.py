@@ -8,8 +8,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from time import perf_counter
+from typing import Any
 
 import numpy as np
+
+INTRODUCTION = (
+    "Written by `make bench`; `python -m benchmarks diffusion` measures one section again and keeps the "
+    "others. Calls in turn, medians, and a bootstrap 95 % interval of the ratio LeRobot / minivla: above 1 "
+    "we are faster, or smaller. A row is called slower when its whole interval lies below 1."
+)
 
 
 @dataclass(frozen=True)
@@ -75,13 +82,32 @@ def fresh_race(what: str, unit: str, ours: str, theirs: str, *, rounds: int) -> 
     return compare(what, unit, [a for a, _ in pairs], [b for _, b in pairs])
 
 
-def report(rows: list[Row], facts: dict[str, str]) -> tuple[str, str]:
-    """The results as markdown and as JSON."""
-    head = "| what | minivla | LeRobot | LeRobot / minivla [95 %] |\n|---|---|---|---|\n"
-    table = head + "\n".join(row.as_markdown() for row in rows)
-    where = "\n".join(f"- {name}: {value}" for name, value in facts.items())
+@dataclass(frozen=True)
+class Section:
+    """What was measured together: on what machine, with what versions; its rows; what is said below them."""
+
+    facts: dict[str, str]
+    rows: list[Row]
+    notes: list[str]
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Section:
+        """As `results.json` holds it."""
+        return cls(content["facts"], [Row(**row) for row in content["rows"]], content["notes"])
+
+    def as_markdown(self, title: str) -> str:
+        """Heading, facts, table, notes."""
+        head = "| what | minivla | LeRobot | LeRobot / minivla [95 %] |\n|---|---|---|---|\n"
+        table = head + "\n".join(row.as_markdown() for row in self.rows)
+        facts = "\n".join(f"- {name}: {value}" for name, value in self.facts.items())
+        return "\n\n".join([f"## {title}", facts, table, *self.notes])
+
+
+def report(sections: dict[str, Section]) -> tuple[str, str]:
+    """The results as markdown and as JSON, section by section."""
+    rows = [row for section in sections.values() for row in section.rows]
     slower = [row.what for row in rows if row.high is not None and row.high < 1]
     verdict = f"Slower than LeRobot: {', '.join(slower)}." if slower else "No row is slower than LeRobot."
-    content = {"facts": facts, "rows": [asdict(row) for row in rows]}
-    text = f"# Benchmarks\n\nWritten by `make bench`.\n\n{where}\n\n{table}\n\n{verdict}\n"
-    return text, json.dumps(content, indent=1) + "\n"
+    parts = [section.as_markdown(title) for title, section in sections.items()]
+    text = "\n\n".join(["# Benchmarks", INTRODUCTION, verdict, *parts]) + "\n"
+    return text, json.dumps({title: asdict(s) for title, s in sections.items()}, indent=1) + "\n"

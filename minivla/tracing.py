@@ -357,13 +357,54 @@ class Trace:
             )
         return flow.plot_flow(path, **options)
 
+    def plot_denoising(self, *, call: int = -1, sample: int = 0, **options: Any) -> Figure:
+        """The chunk at several moments of the sampler, in robot units, or, with `meaning=env.action_spec`,
+        where it leads on the table (`minivla.viz.denoising`).
+        """
+        from minivla.viz import denoising
+
+        given = {"robot": self._robot, **options}
+        return denoising.plot_traced(self.policy, self.call(call), sample=sample, **given)
+
+    def plot_score(self, *, call: int = -1, sample: int = 0, **options: Any) -> Figure:
+        """Where the denoiser would send noisy chunks for this call's observations (`minivla.viz.basins`)."""
+        from minivla.viz import basins
+
+        return basins.plot_score_field(self.policy, self.call(call).batch, sample=sample, **options)
+
+    def plot_keypoints(self, *, call: int = -1, sample: int = 0, ago: int = 0, **options: Any) -> Figure:
+        """The image encoder's keypoints on the pictures, `ago` moments back (`minivla.viz.keypoints`)."""
+        from minivla.viz import keypoints
+
+        found = keypoints.keypoints_of(self.policy, self.call(call), sample=sample, ago=ago)
+        return keypoints.plot_keypoints(*found, **options)
+
+    def plot_codes(self, *, call: int = -1, sample: int = 0, **options: Any) -> Figure:
+        """How the call chose its codes, what they stand for, and what the offset adds; with
+        `meaning=env.action_spec` in units of the table (`minivla.viz.choice`).
+        """
+        from minivla.viz import choice
+
+        return choice.plot_choice(self.policy, self.call(call), sample=sample, **options)
+
     def explore(self, *, call: int = -1, sample: int = 0, **options: Any) -> Explorer:
         """One call as a piece of HTML to point at: what is each token, what may it see, what does it look at
         (`minivla.viz.explorer`).
         """
         from minivla.viz import explorer
 
-        return explorer.explore(self.call(call), sample=sample, robot=self._robot, **options)
+        given = {"robot": self._robot, "encoders": self._encoders, **options}
+        return explorer.explore(self.call(call), sample=sample, **given)
+
+    @property
+    def _encoders(self) -> dict[str, Any]:
+        """By camera, what makes its pictures into keypoints (`minivla.nn.image_vector`)."""
+        from minivla import upstream
+
+        if upstream.is_lerobot(self.policy):
+            return dict(upstream.encoders(self.policy))
+        encoders = [module for module in self.policy.modules() if hasattr(type(module), "pixels")]
+        return {camera: encoder for encoder in encoders for camera in encoder.cameras}
 
     @property
     def _robot(self) -> Callable[[Tensor], Tensor] | None:
@@ -377,10 +418,10 @@ def trace(policy: Any, *, attention: bool | str | Sequence[str] = True) -> Trace
         with minivla.trace(policy) as t:
             policy.select_action(batch)
 
-    `policy` is one of minivla's, or LeRobot's own ACT (`minivla.upstream`); one that was wrapped by
-    `torch.compile` or for distributed training is looked for inside its wrapper, and compiled code runs
-    eagerly meanwhile. `attention` chooses the sites whose weights are recomputed and kept: True for all, or
-    names with wildcards ("decoder.*.cross", or a list). Masks, segments and hidden states are always kept.
+    `policy` is one of minivla's, or LeRobot's own ACT, Diffusion Policy or VQ-BeT (`minivla.upstream`); one
+    wrapped by `torch.compile` or for distributed training is looked for inside its wrapper, and compiled code
+    runs eagerly meanwhile. `attention` chooses the sites whose weights are recomputed and kept: True for all,
+    or names with wildcards ("decoder.*.cross", or a list). Masks, segments and hidden states are always kept.
     Costs nothing when it is off. Of several open traces of one policy the innermost records a call; a policy
     that runs inside another has calls of its own.
 

@@ -44,11 +44,12 @@ def test_the_card_states_success_rates_that_reach_their_aim(name):
     )
     tasks = RECIPES[name].tasks
     assert [task for task, *_ in found] == (list(tasks) if len(tasks) > 1 else [""])
-    for _, *numbers in found:
+    for task, *numbers in found:
         success, low, high, episodes = (float(number) for number in numbers)
         assert low <= success <= high
         assert episodes >= 200
-        assert success >= RECIPES[name].aim
+        assert (success >= RECIPES[name].aim) == (task not in RECIPES[name].missed)  # what is missed is told
+        assert success >= 0.7
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "detour" in RECIPES[name].tasks])
@@ -65,11 +66,11 @@ def test_both_ways_round_the_obstacle_are_taken(name):
 def test_the_card_is_what_cooking_writes(name):
     written = card(name)
     rows = dict(re.findall(r"^\| ([^|]+) \| (.+) \|$", written, re.MULTILINE))
-    minutes = re.fullmatch(r"(\d+) minutes, \d+ CPU threads", rows["time to train"])
+    minutes = re.fullmatch(r"(\d+) minutes, CPU threads: \d+", rows["time to train"])
     assert minutes, written
     told = {row: value for row, value in rows.items() if row.startswith(("success", "held-out", "left side"))}
     again = card_of(RECIPES[name], RECIPES[name].training, minivla.load(name), told, float(minutes.group(1)))
-    assert re.sub(r"\d+ CPU", "2 CPU", again) == re.sub(r"\d+ CPU", "2 CPU", written)
+    assert re.sub(r"threads: \d+", "", again) == re.sub(r"threads: \d+", "", written)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -83,7 +84,8 @@ def test_a_checkpoint_does_its_tasks_on_unseen_seeds(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_checkpoint_reaches_its_aim_over_two_hundred_seeds(name):
     for row, result in measure(name).items():
-        assert result.high >= RECIPES[name].aim or not row.startswith("success"), f"{row}: {result}"
+        missed = any(row.endswith(f", {task}") for task in RECIPES[name].missed)
+        assert missed or result.high >= RECIPES[name].aim or not row.startswith("success"), f"{row}: {result}"
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if RECIPES[name].experiments])
@@ -119,7 +121,9 @@ def test_a_change_leaves_the_codes_alone_to_say_what_is_done(change):
     CHANGES[change](policy)
     raw = demonstrations("detour", 1, 5, delta_timestamps=delta_timestamps(policy.config, 10))[0]
     with torch.no_grad():
-        given = policy.predict(policy.preprocess(raw, history=True), generator=torch.Generator().manual_seed(0))
+        given = policy.predict(
+            policy.preprocess(raw, history=True), generator=torch.Generator().manual_seed(0)
+        )
         assert torch.equal(given.chunks, given.decoded)
         other = given.codes.clone()
         other[..., 1] = (other[..., 1] + 1) % policy.config.vqvae_n_embed

@@ -6,6 +6,7 @@ LeRobot 0.6 `policies/vqbet/modeling_vqbet.py`, VqVae, VQBeTHead and FocalLoss.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from minivla.nn.vq import ResidualVQ
 
+COMMITMENT = 5.0  # the weight of the commitment losses beside the reconstruction's L1
 FOCUS = 2.0  # the focal loss's exponent
 
 
@@ -51,6 +53,38 @@ class ActionVQVAE(nn.Module):
         """chunks (N, H, A). Returns (reconstruction (N, H, A), codes (N, G), commitment losses (G,))."""
         quantised, codes, commitment = self.vq_layer(self.encoder(chunks.flatten(1)))
         return self._unfold(self.decoder(quantised.to(chunks.dtype))), codes, commitment
+
+    def learn(self, chunks: Tensor, steps: int) -> tuple[Tensor, dict[str, float]]:
+        """Phase 1's loss: L1 of the reconstruction of chunks (N, H, A), and the commitment; its parts by
+        upstream's names.
+
+        In training this is one of `steps` steps, of which the last one freezes the codes. Raises ValueError
+        when there are to be none.
+        """
+        if self.training:
+            self._count(steps)
+        rebuilt, codes, commitment = self(chunks)
+        l1 = F.l1_loss(rebuilt, chunks)
+        if self.training and self.optimized_steps >= steps:
+            self.finish()
+        metrics = {
+            "n_different_codes": float(sum(len(level.unique()) for level in codes.unbind(-1))),
+            "n_different_combinations": float(len(codes.unique(dim=0))),
+            "recon_l1_error": l1.item(),
+        }
+        return l1 + COMMITMENT * commitment.sum(), metrics
+
+    def _count(self, steps: int) -> None:
+        if steps < 1:
+            self.finish()  # which says that there are no codes, or that phase 1 stopped half-way
+            return
+        if self.optimized_steps == 0 and self.vq_layer.touched:
+            warnings.warn(
+                "phase 1 of this VQ-VAE was begun before and not finished. No folder holds how far it was: "
+                f"it is counted from 0 again, to n_vqvae_training_steps = {steps}; give what is left of it",
+                stacklevel=2,
+            )
+        self.optimized_steps += 1
 
     @torch.no_grad()
     def encode(self, chunks: Tensor) -> Tensor:
@@ -122,22 +156,31 @@ class CodeHead(nn.Module):
         self.offset = nn.Linear(width, levels * codes * horizon * actions)
 
     def forward(
-        self, features: Tensor, noise: Tensor | None = None, generator: torch.Generator | None = None
+        self,
+        features: Tensor,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        shown: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """features (B, Q, D); noise (B, Q, G, C) and generator as in `sample_codes`.
+        """features (B, Q, D); noise (B, Q, G, C) and generator as in `sample_codes`; codes `shown` (B, Q, G),
+        if given, stand in place of those drawn wherever something depends on them.
 
-        Returns (logits (B, Q, G, C), codes (B, Q, G), offset (B, Q, H, A): the sum of the drawn codes').
+        Returns (logits (B, Q, G, C), drawn codes (B, Q, G), offset (B, Q, H, A): the sum of its codes').
         """
-        logits, codes = self.choose(features, noise, generator)
+        logits, codes = self.choose(features, noise, generator, shown)
         offsets = rearrange(
             self.offset(features), "b query (level c h a) -> b query level c h a",
             level=self.levels, c=self.codes, h=self.horizon,
         )  # fmt: skip
-        chosen = rearrange(codes, "b query level -> b query level 1 1 1")
+        chosen = rearrange(codes if shown is None else shown, "b query level -> b query level 1 1 1")
         return logits, codes, offsets.take_along_dim(chosen, dim=3).squeeze(3).sum(2)
 
     def choose(
-        self, features: Tensor, noise: Tensor | None, generator: torch.Generator | None
+        self,
+        features: Tensor,
+        noise: Tensor | None,
+        generator: torch.Generator | None,
+        shown: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The logits and the codes that `forward` returns."""
         if not self.one_by_one:
@@ -150,7 +193,8 @@ class CodeHead(nn.Module):
             every.append(layer(features))
             draw = None if noise is None else noise[:, :, g]
             codes.append(sample_codes(every[-1] / self.temperature, draw, generator))
-            features = torch.cat((features, F.one_hot(codes[-1], self.codes).to(features.dtype)), dim=-1)
+            before = codes[-1] if shown is None else shown[..., g]
+            features = torch.cat((features, F.one_hot(before, self.codes).to(features.dtype)), dim=-1)
         return torch.stack(every, dim=2), torch.stack(codes, dim=2)
 
 

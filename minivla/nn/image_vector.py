@@ -20,6 +20,13 @@ from minivla import recorder
 from minivla.nn.compact_vision import CompactVision, spatial_softmax
 from minivla.nn.resnet import ResNet, load_imagenet
 
+# What upstream, whose backbone is a list of torchvision's modules, ReLU (2) and pooling (3) among them, calls
+# the parts of ours, for a policy's CHECKPOINT_NAMES.
+BACKBONE_NAMES = (
+    (r"backbone\.conv1\.", "backbone.0."),
+    (r"backbone\.bn1\.", "backbone.1."),
+    *((rf"backbone\.layer{i}\.", f"backbone.{i + 3}.") for i in range(1, 5)),
+)
 COMPACT_CHANNELS = 64
 Size = tuple[int, int]
 

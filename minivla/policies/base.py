@@ -231,6 +231,13 @@ class Policy(nn.Module):
         """
         return {}
 
+    @property
+    def resting(self) -> dict[str, str]:
+        """Our modules and tensors, by name, that training leaves as they are for now, each with the reason:
+        a phase that is over or still to come, a part that is not to be trained. Freezing them is not needed.
+        """
+        return {}
+
     def preprocess(self, raw: Mapping[str, Any], *, history: bool = True) -> dict[str, Any]:
         """Raw observations, batched or not, to the normalised batch the network sees, on the policy's device.
 
@@ -269,7 +276,11 @@ class Policy(nn.Module):
     def forward(
         self, batch: Batch, *, noise: Draw = None, time: Draw = None, generator: Rng = None
     ) -> tuple[Tensor, dict[str, float]]:
-        """The training loss of a normalised batch, and its parts by LeRobot's names."""
+        """The training loss of a normalised batch, and its parts by LeRobot's names.
+
+        A policy with a sampler tells a trace what the loss gives its network, "noisy", wants of it, "target",
+        and, there as in the sampler, gets, "denoised", (B, H, A) each: `minivla.doctor` compares them.
+        """
         raise NotImplementedError
 
     def predict_action_chunk(

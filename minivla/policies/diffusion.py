@@ -41,7 +41,7 @@ from minivla.actions import flow
 from minivla.actions.diffusion import SAMPLERS, NoiseSchedule, make_betas, sample
 from minivla.data.features import ACTION, OBS_ENV_STATE, OBS_STATE, NormalizationMode
 from minivla.nn.action_transformer import ActionTransformer
-from minivla.nn.image_vector import ImageVector, Size
+from minivla.nn.image_vector import BACKBONE_NAMES, ImageVector, Size
 from minivla.nn.instruction import InstructionEncoder
 from minivla.nn.unet import ConditionalUnet1d
 from minivla.policies.base import AnyStats, Batch, Draw, Policy, PolicyConfig, Rng, group, instructions
@@ -144,9 +144,7 @@ class DiffusionConfig(PolicyConfig):
             )
         if not 0 < self.crop_ratio <= 1:
             raise ValueError(f"crop_ratio is {self.crop_ratio}, expected above 0 and up to 1")
-        if (
-            self.resize_shape is not None
-        ):  # upstream's rule: then crop_ratio decides, whatever crop_shape says
+        if self.resize_shape is not None:  # upstream's rule: crop_ratio decides, whatever crop_shape says
             rows, columns = (int(size * self.crop_ratio) for size in self.resize_shape)
             self.crop_shape = (rows, columns) if self.crop_ratio < 1 else None
 
@@ -166,13 +164,7 @@ class DiffusionPolicy(Policy):
 
     name: ClassVar[str] = "diffusion"
     config_class: ClassVar[type[PolicyConfig]] = DiffusionConfig
-    # Upstream's backbone is a list of torchvision's modules, among them ReLU (2) and the pooling (3).
-    CHECKPOINT_NAMES: ClassVar[tuple[tuple[str, str], ...]] = (
-        (r"^", "diffusion."),
-        (r"backbone\.conv1\.", "backbone.0."),
-        (r"backbone\.bn1\.", "backbone.1."),
-        *((rf"backbone\.layer{i}\.", f"backbone.{i + 3}.") for i in range(1, 5)),
-    )
+    CHECKPOINT_NAMES: ClassVar[tuple[tuple[str, str], ...]] = ((r"^", "diffusion."), *BACKBONE_NAMES)
 
     def __init__(
         self, config: DiffusionConfig, stats: AnyStats | None = None, *, allow_constant: bool = False
@@ -194,9 +186,8 @@ class DiffusionPolicy(Policy):
             self.rgb_encoder = nn.ModuleList(self.encoders) if separate else self.encoders[0]
             width += sum(encoder.width for encoder in self.encoders)
         self.add_module(config.denoiser, _denoiser(config, width))
-        betas = make_betas(
-            config.beta_schedule, config.num_train_timesteps, config.beta_start, config.beta_end
-        )
+        count = config.num_train_timesteps
+        betas = make_betas(config.beta_schedule, count, config.beta_start, config.beta_end)
         clip = config.clip_sample_range if config.clip_sample else None
         self.schedule = NoiseSchedule(betas, prediction=config.prediction_type, clip=clip)
         if config.compile_model:
@@ -238,6 +229,8 @@ class DiffusionPolicy(Policy):
         else:
             x = self.schedule.add_noise(action, noise, time)
             target = self.schedule.target(action, noise, time)
+        recorder.keep("noisy", x)
+        recorder.keep("target", target)
         error = F.mse_loss(self.predict(x, time, self.denoiser.observe(seen)), target, reduction="none")
         if not self.config.do_mask_loss_for_padding:
             return error.mean(), {}

@@ -12,14 +12,15 @@ Paper: Lee et al. 2024, "Behavior Generation with Latent Actions" (arXiv 2403.03
 
 What is special here:
 - A classifier may say "left or right", which a regression averages; what the codes are too coarse for, the
-  offset adds. It is learned for the codes that were *sampled*, so it also mends wrong ones.
+  offset adds. Upstream learns it for the codes that were *drawn*: where left was drawn and right was shown,
+  it pulls left towards right, and the average is back. `teach_codes` takes the demonstrated ones instead.
 - One `train` run does both phases: `n_vqvae_training_steps` calls of `forward` make the codes, then they are
   frozen. Only the query of the current step acts; the others are further lessons from the same sequence.
 - The counter of phase 1 is in no folder, upstream's or ours. A training run saves it with its own state, so
   that resuming goes on; training a folder that was saved in the middle of phase 1 counts anew, and says so.
 - The loss counts padded actions as real ones, as upstream.
 - Minivla-only fields, off by default: `vqvae_levels`, `vqvae_kmeans_init`, `vqvae_dead_code_threshold`,
-  `several_cameras`, `compact_vision`, `vocabulary`.
+  `teach_codes`, `several_cameras`, `compact_vision`, `vocabulary`.
 """
 
 from __future__ import annotations
@@ -30,22 +31,18 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 
 from minivla import recorder
 from minivla.actions.vq import ActionVQVAE, CodeHead, Prediction, describe_errors, focal_loss
 from minivla.data.features import ACTION, OBS_STATE, NormalizationMode
 from minivla.nn.gpt import GPT
-from minivla.nn.image_vector import ImageVector
+from minivla.nn.image_vector import BACKBONE_NAMES, ImageVector
 from minivla.nn.instruction import InstructionEncoder
 from minivla.nn.masks import segment_mask
 from minivla.policies.base import AnyStats, Batch, Draw, Policy, PolicyConfig, Rng, group, instructions
 from minivla.segments import Segment, arrange
-
-# Upstream holds torchvision's ResNet as a list of its parts, among them a ReLU (2) and a pooling (3).
-RESNET_CHILDREN = {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7}
-COMMITMENT = 5.0  # the weight of the commitment losses beside the reconstruction's L1
 
 
 @dataclass
@@ -61,6 +58,7 @@ class VQBeTConfig(PolicyConfig):
     bet_softmax_temperature, sequentially_select: how codes are sampled; each level knowing those before it
     optimizer_…, scheduler_warmup_steps: how LeRobot trains it
     vqvae_levels G, vqvae_kmeans_init, vqvae_dead_code_threshold: see `minivla.nn.vq` (minivla only)
+    teach_codes: in phase 2, offsets and later levels are learnt beside the demonstrated codes (minivla only)
     several_cameras: one image token each, through one encoder (minivla only)
     compact_vision, vocabulary: as in ACT; the instruction is the first token (minivla only)
 
@@ -69,8 +67,8 @@ class VQBeTConfig(PolicyConfig):
 
     type: ClassVar[str] = "vqbet"
     MINIVLA_FIELDS: ClassVar[tuple[str, ...]] = (
-        "vqvae_levels", "vqvae_kmeans_init", "vqvae_dead_code_threshold", "several_cameras",
-        "compact_vision", "vocabulary",
+        "vqvae_levels", "vqvae_kmeans_init", "vqvae_dead_code_threshold", "teach_codes",
+        "several_cameras", "compact_vision", "vocabulary",
     )  # fmt: skip
 
     n_obs_steps: int = 5
@@ -115,6 +113,7 @@ class VQBeTConfig(PolicyConfig):
     vqvae_levels: int = 2
     vqvae_kmeans_init: bool = False
     vqvae_dead_code_threshold: float = 0.0
+    teach_codes: bool = False
     several_cameras: bool = False
     compact_vision: bool = False
     vocabulary: tuple[str, ...] = ()
@@ -165,10 +164,7 @@ class VQBeT(Policy):
     name: ClassVar[str] = "vqbet"
     config_class: ClassVar[type[PolicyConfig]] = VQBeTConfig
     CHECKPOINT_NAMES: ClassVar[tuple[tuple[str, str], ...]] = (
-        *(
-            (rf"^rgb_encoder\.backbone\.{ours}\.", f"rgb_encoder.backbone.{theirs}.")
-            for ours, theirs in RESNET_CHILDREN.items()
-        ),
+        *BACKBONE_NAMES,
         (r"^(state_projector|rgb_feature_projector)\.", r"\1.0."),
         (r"^gpt\.(wte|wpe)\.", r"policy.transformer.\1."),
         (r"^gpt\.lm_head\.", "policy.lm_head."),
@@ -196,8 +192,8 @@ class VQBeT(Policy):
     ) -> None:
         super().__init__(config, stats, allow_constant=allow_constant)
         self._check_inputs(config)
-        self._warned: set[str] = set()
-        self.segments = arrange(_segments(config))
+        self._has_warned = False
+        self.segments = arrange(segments_of(config))
         if (length := self.segments[-1].stop) > config.gpt_block_size:
             raise ValueError(
                 f"the sequence has {length} tokens, gpt_block_size allows {config.gpt_block_size}; raise it, "
@@ -258,6 +254,14 @@ class VQBeT(Policy):
         begun = {f"vqvae.vq_layer.layers.{g}.initted": "asked only with vqvae_kmeans_init" for g in levels}
         return begun | {"rgb_encoder.pool.nets.bias": "no effect: softmax does not see a constant"}
 
+    @property
+    def resting(self) -> dict[str, str]:
+        """Each phase trains one half."""
+        if self.vqvae.discretized:
+            return {"vqvae": "phase 1 is over, the codes stay what they are"}
+        parts = {name.split(".")[0] for name, _ in self.named_parameters()}
+        return dict.fromkeys(sorted(parts - {"vqvae"}), "phase 1 makes the codes first")
+
     def forward(
         self, batch: Batch, *, noise: Draw = None, time: Draw = None, generator: Rng = None
     ) -> tuple[Tensor, dict[str, float]]:
@@ -276,40 +280,11 @@ class VQBeT(Policy):
         )
         if self.vqvae.discretized:
             self.vqvae.requires_grad_(False)  # so that an average of the weights leaves them as they are
-            return self.imitation_loss(targets, self.predict(batch, noise=noise, generator=generator))
-        return self.reconstruction_loss(targets)
-
-    def reconstruction_loss(self, targets: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Phase 1: L1 of the reconstruction, and the commitment. targets (B, Q, H, A), each chunk a sample.
-
-        A step of phase 1 in training; the last one freezes the codes. Raises ValueError when there is to be
-        no phase 1.
-        """
-        if self.training:
-            self._count_step()
+            shown = self.vqvae.encode(targets) if self.config.teach_codes else None
+            given = self.predict(batch, noise=noise, generator=generator, shown=shown)
+            return self.imitation_loss(targets, given)
         chunks = rearrange(targets, "b query h a -> (query b) h a")
-        rebuilt, codes, commitment = self.vqvae(chunks)
-        l1 = F.l1_loss(rebuilt, chunks)
-        if self.training and self.vqvae.optimized_steps >= self.config.n_vqvae_training_steps:
-            self.vqvae.finish()
-        metrics = {
-            "n_different_codes": float(sum(len(level.unique()) for level in codes.unbind(-1))),
-            "n_different_combinations": float(len(codes.unique(dim=0))),
-            "recon_l1_error": l1.item(),
-        }
-        return l1 + COMMITMENT * commitment.sum(), metrics
-
-    def _count_step(self) -> None:
-        steps = self.config.n_vqvae_training_steps
-        if steps < 1:
-            self.vqvae.finish()  # which says that there are no codes, or that phase 1 stopped half-way
-            return
-        if self.vqvae.optimized_steps == 0 and self.vqvae.vq_layer.touched:
-            self._warn(
-                "phase 1 of this VQ-VAE was begun before and not finished. No folder holds how far it was: "
-                f"it is counted from 0 again, to n_vqvae_training_steps = {steps}; give what is left of it"
-            )
-        self.vqvae.optimized_steps += 1
+        return self.vqvae.learn(chunks, self.config.n_vqvae_training_steps)
 
     def imitation_loss(self, targets: Tensor, given: Prediction) -> tuple[Tensor, dict[str, float]]:
         """Phase 2: focal loss on the codes of targets (B, Q, H, A), and the L1 of decoded + offset.
@@ -322,10 +297,9 @@ class VQBeT(Policy):
                 f"trains it for n_vqvae_training_steps = {self.config.n_vqvae_training_steps} steps"
             )
         codes = self.vqvae.encode(targets)
-        weights = [self.config.primary_code_loss_weight, self.config.secondary_code_loss_weight]
-        weights += weights[1:] * (self.config.vqvae_levels - 2)
-        focal = focal_loss(given.logits, codes)
-        classification = sum(w * f for w, f in zip(weights, focal.unbind(), strict=False))
+        later = [self.config.secondary_code_loss_weight] * (self.config.vqvae_levels - 1)
+        weights = targets.new_tensor([self.config.primary_code_loss_weight, *later])
+        classification = (weights * focal_loss(given.logits, codes)).sum()
         offset_loss = F.l1_loss(given.chunks, targets)
         losses = {"classification_loss": classification, "offset_loss": offset_loss}
         metrics = losses | describe_errors(targets, codes, given)
@@ -343,51 +317,43 @@ class VQBeT(Policy):
         when phase 1 is not over.
         """
         self.eval()
-        if not self.vqvae.discretized:
-            self._warn("phase 1 of this VQ-BeT is not over: its codes mean nothing yet, and its actions less")
+        if not self.vqvae.discretized and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                "phase 1 of this VQ-BeT is not over: its codes mean nothing yet, and its actions less",
+                stacklevel=3,
+            )
         return self.predict(batch, noise=noise, generator=generator).chunks[:, self.config.n_obs_steps - 1]
 
-    def _warn(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(message, stacklevel=3)
-
-    def predict(self, batch: Batch, *, noise: Draw = None, generator: Rng = None) -> Prediction:
+    def predict(
+        self, batch: Batch, *, noise: Draw = None, generator: Rng = None, shown: Tensor | None = None
+    ) -> Prediction:
         """What every query says of a batch with a history, (B, T, …).
 
         Codes are drawn from the softmax of logits / temperature by torch.multinomial; `noise` (B, Q, G, C),
-        if given, are its draws from Exp(1), `generator` makes them.
+        if given, are its draws from Exp(1), `generator` makes them. What is decoded, and its offset, are of
+        the codes drawn, or of those `shown` (B, Q, G).
         """
         features = self.think(self.embed(batch, generator=generator))
-        logits, codes, offset = self.code_head(features, noise, generator)
-        decoded = self.vqvae.decode(codes)
+        logits, codes, offset = self.code_head(features, noise, generator, shown)
+        decoded = self.vqvae.decode(codes if shown is None else shown)
         for name, value in (("codes", codes), ("logits", logits), ("offsets", offset), ("decoded", decoded)):
             recorder.keep(name, value)
         return Prediction(logits, codes, decoded, offset)
 
     def embed(self, batch: Batch, *, generator: Rng = None) -> Tensor:
         """The sequence of tokens, (B, L, gpt_input_dim). Raises ValueError for another history than T."""
-        state, wanted = batch[OBS_STATE], self.config.n_obs_steps
-        if state.ndim != 3 or state.shape[1] != wanted:
-            raise ValueError(
-                f"'{OBS_STATE}' has shape {tuple(state.shape)}, expected (B, {wanted}, S): n_obs_steps is "
-                f"{wanted}, so every observation comes with {wanted - 1} before it. select_action keeps them "
-                "itself; in a dataset, delta_timestamps does"
-            )
+        self.expect_history(batch)
         instruction = self.instruction(instructions(batch)) if self.config.vocabulary else None
         images = self.rgb_encoder(batch, instruction, generator=generator)
         recorder.keep("image_features", images)
         images = rearrange(images, "b t (camera d) -> b t camera d", camera=len(self.config.image_features))
-        state = rearrange(self.state_projector(state), "b t d -> b t 1 d")
-        query = repeat(self.action_token, "1 1 d -> b t 1 d", b=len(state), t=wanted)
-        steps = torch.cat((self.rgb_feature_projector(images), state, query), dim=2)
-        parts = [rearrange(steps, "b t token d -> b (t token) d")]
-        if instruction is not None:
-            parts.insert(0, rearrange(instruction, "b d -> b 1 d"))
-        ahead = repeat(
-            self.action_token, "1 1 d -> b n d", b=len(state), n=self.config.n_action_pred_token - 1
-        )
-        return torch.cat((*parts, ahead), dim=1)
+        state = rearrange(self.state_projector(batch[OBS_STATE]), "b t d -> b t 1 d")
+        query = self.action_token.expand_as(state[:, 0])  # (B, 1, D)
+        steps = torch.cat((self.rgb_feature_projector(images), state, query[:, None].expand_as(state)), dim=2)
+        first = [] if instruction is None else [rearrange(instruction, "b d -> b 1 d")]
+        ahead = [query] * (self.config.n_action_pred_token - 1)
+        return torch.cat((*first, rearrange(steps, "b t token d -> b (t token) d"), *ahead), dim=1)
 
     def think(self, tokens: Tensor) -> Tensor:
         """The GPT, and its answers at the queries: (B, L, gpt_input_dim) to (B, Q, gpt_output_dim)."""
@@ -412,15 +378,14 @@ class VQBeT(Policy):
             (c.optimizer_vqvae_lr, c.optimizer_vqvae_weight_decay),
             (c.optimizer_lr, 0.0),
         )
-        place = {id(p): 1 for p in self.vqvae.parameters()} | {id(p): 2 for p in self.gpt.undecayed}
-        members: list[list[nn.Parameter]] = [[], [], []]
-        for parameter in self.parameters():
-            members[place.get(id(parameter), 0)] += [parameter] * parameter.requires_grad
+        place = dict.fromkeys(self.vqvae.parameters(), 1) | dict.fromkeys(self.gpt.undecayed, 2)
+        trainable = [p for p in self.parameters() if p.requires_grad]
+        members = [[p for p in trainable if place.get(p, 0) == i] for i in range(len(settings))]
         adam = {"betas": c.optimizer_betas, "eps": c.optimizer_eps, "decoupled_weight_decay": False}
         return [group(part, *how) | adam for part, how in zip(members, settings, strict=True)]
 
 
-def _segments(config: VQBeTConfig) -> list[Segment]:
+def segments_of(config: VQBeTConfig) -> list[Segment]:
     """What the tokens are; each segment is a block of its own, so that all is causal."""
     segments = [Segment("instruction", "language", int(bool(config.vocabulary)))]
     for ago in range(config.n_obs_steps - 1, -1, -1):

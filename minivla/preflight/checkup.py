@@ -17,6 +17,7 @@ from minivla.preflight import (
     motion,
     observations,
     probes,
+    sampler,
     scales,
     statistics,
 )
@@ -54,7 +55,7 @@ CHECKS: dict[str, Check] = {
     "depends on state": partial(probes.sensitivity, "state"),
     "depends on instruction": partial(probes.sensitivity, "text"),
     "frozen and trainable": learning.frozen_and_trainable,
-    "time convention": probes.time_convention,
+    "time convention": sampler.time_convention,
     "queue reset": probes.queue_reset,
     "action range": control.action_range,
     "environment's motion": motion.environment_motion,
@@ -119,7 +120,8 @@ def examine(subject: Subject, checks: Mapping[str, Check]) -> Report:
             passed.append(name)
     title = f"minivla.doctor on {type(subject.policy).__name__}"
     unique = sorted_findings(dict.fromkeys(findings))
-    return Report(unique, tuple(passed), not_run, subject.measurements, title, _evidence(subject))
+    told = (subject.measurements, title, _evidence(subject), tuple(subject.notes))
+    return Report(unique, tuple(passed), not_run, *told)
 
 
 def _evidence(subject: Subject) -> str:

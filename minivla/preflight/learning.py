@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from minivla.data.features import ACTION
 from minivla.policies.act import inert_act
 from minivla.policies.base import Policy
-from minivla.preflight import running
+from minivla.preflight import running, sampler
 from minivla.preflight.report import ERROR, WARNING, Finding, NotRun
 from minivla.preflight.subject import Subject
 
@@ -34,11 +34,11 @@ def padding_mask(subject: Subject) -> Iterator[Finding]:
         raise NotRun("a policy that predicts more than one action")
     noise = torch.randn(batch[ACTION].shape, generator=torch.Generator().manual_seed(1))
     shift = 10 * noise.to(batch[ACTION]) * batch["action_is_pad"][..., None]
-    policy = subject.twin()
+    policy, draws = subject.twin(), _draws(subject, shift)
     for mode in ("evaluating", "training"):
         plain, moved = (
-            running.loss(policy, {**batch, ACTION: action}, training=mode == "training")
-            for action in (batch[ACTION], batch[ACTION] + shift)
+            running.loss(policy, {**batch, ACTION: action}, training=mode == "training", **drawn)
+            for action, drawn in zip((batch[ACTION], batch[ACTION] + shift), draws, strict=True)
         )
         if not math.isfinite(plain):
             yield _not_finite(plain)
@@ -46,15 +46,43 @@ def padding_mask(subject: Subject) -> Iterator[Finding]:
         change = abs(moved - plain) / max(abs(plain), 1e-8)
         if not change < 1e-4:
             what = f"while {mode}, changing padded actions changes the loss by {change:.2g} of it"
-            mend = "multiply errors with ~batch['action_is_pad'], and mask padding in any encoder of actions"
-            yield Finding("padding-leaks", WARNING if _counts_padding(policy) else ERROR, "loss", what, mend)
+            severity, mend = _judged_padding(policy)
+            yield Finding("padding-leaks", severity, "loss", what, mend)
             return
 
 
-def _counts_padding(policy: Any) -> bool:
-    """Does this policy learn from padded actions on purpose, as upstream does? Worth a look, but no fault."""
-    is_told = getattr(policy.config, "do_mask_loss_for_padding", None) is False
-    return is_told or getattr(policy, "name", "") == "vqbet"
+def _draws(subject: Subject, shift: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What the loss is to draw for the actions, and for the shifted ones. A network with a sampler reads
+    noisy actions, padded ones too, which is no leak: so other noise makes up for the shift.
+    """
+    flow = subject.path[0].flow if isinstance(subject.policy, Policy) else None
+    if flow is None:
+        return {}, {}
+    noise = sampler.draw(flow)
+    try:
+        taught = sampler.lesson(subject, flow.times[(len(flow.v) - 1) // 2], noise)
+    except NotRun:  # it does not tell
+        return {}, {}
+    other = noise.clone()
+    other[..., : shift.shape[-1]] -= shift * taught.signal / taught.noise
+    time = taught.time.expand(len(noise)).to(noise.device)
+    return {"noise": noise, "time": time}, {"noise": other, "time": time}
+
+
+def _judged_padding(policy: Any) -> tuple[str, str]:
+    """Severity and mend: some policies learn from padded actions on purpose, as upstream, which is no fault
+    but worth a look.
+    """
+    if getattr(policy, "name", "") == "diffusion" and not isinstance(policy, Policy):
+        return WARNING, "meant by LeRobot: its network reads padded actions, whatever the loss leaves out"
+    if getattr(policy.config, "do_mask_loss_for_padding", None) is False:
+        return WARNING, "meant, as upstream; do_mask_loss_for_padding=True leaves padded actions out"
+    if getattr(policy, "name", "") == "vqbet":
+        return (
+            WARNING,
+            "meant, as upstream: it learns to repeat an episode's last action",
+        )
+    return ERROR, "multiply errors with ~batch['action_is_pad'], and mask padding in any encoder of actions"
 
 
 def _not_finite(loss: float) -> Finding:
@@ -63,51 +91,87 @@ def _not_finite(loss: float) -> Finding:
 
 
 def frozen_and_trainable(subject: Subject) -> Iterator[Finding]:
-    """A step of the optimiser leaves frozen parameters alone, and a gradient reaches all others.
+    """A step of the optimiser leaves frozen and resting tensors alone, and a gradient reaches all others.
 
     Threads: lerobot PR#4019; openpi#744. Takes one step on a copy; not run where memory is short.
     """
     batch = subject.training_batch
     _expect_memory(subject.policy)
-    frozen = {name for name, p in subject.policy.named_parameters() if not p.requires_grad}
     policy = subject.twin(weights=True)
-    _stir(policy)
-    before = {name: tensor.detach().clone() for name, tensor in policy.state_dict(keep_vars=True).items()}
+    flags = {name: p.requires_grad for name, p in policy.named_parameters()}
+    frozen = {name for name in flags if not flags[name]}
+    before, phase = _snapshot(policy), _resting(policy)
     loss, reached = _step(policy, batch)
     if not torch.isfinite(loss):
         yield _not_finite(loss.item())
         return
-    after = policy.state_dict(keep_vars=True)
-    moved = [name for name in sorted(frozen) if name in after and not torch.equal(after[name], before[name])]
-    moved += _moved_buffers(policy, before, frozen)
-    if moved:
-        what = f"{len(moved)} frozen tensors moved in one training step"
-        mend = "freeze after train(), keep frozen batch norms in eval(), give the optimiser the rest only"
-        yield Finding("frozen-moves", ERROR, _some(moved), what, mend)
-    trainable = [name for name, p in subject.policy.named_parameters() if p.requires_grad]
-    excused = _inert(subject.policy)
-    stuck = [name for name in trainable if name not in reached and not name.endswith(excused)]
-    if stuck:
+    after, later = policy.state_dict(keep_vars=True), _resting(policy)
+    moved = {name for name in after if _has_moved(after[name], before.get(name))}
+    resting = {part: why for part, why in phase.items() if part in later}  # the step may have ended a phase
+    yield from _moved(moved & (frozen | _buffers_of(policy, frozen)), moved - frozen, resting)
+    subject.notes.extend(_said(resting))
+    done, inert = (*reached, *frozen), _inert(policy)
+    waiting = [name for name in flags if name not in done and not name.endswith(inert)]
+    if stuck := [name for name in waiting if not _lies_in(name, {**phase, **later})]:
         what = f"{len(stuck)} trainable tensors get no gradient or are in no group of the optimiser"
         mend = "take them into the loss and the optimiser, or requires_grad_(False), or delete them"
         yield Finding("trainable-stuck", ERROR, _some(stuck), what, mend)
+
+
+def _moved(frozen: set[str], others: set[str], resting: Mapping[str, str]) -> Iterator[Finding]:
+    """Of the tensors that moved, those that are frozen, or of a part that is to rest."""
+    if frozen:
+        what = f"{len(frozen)} frozen tensors moved in one training step"
+        mend = "freeze after train(), keep frozen batch norms in eval(), give the optimiser the rest only"
+        yield Finding("frozen-moves", ERROR, _some(sorted(frozen)), what, mend)
+    if restless := sorted(name for name in others if _lies_in(name, resting)):
+        what = f"{len(restless)} tensors moved in one training step, and are to rest ({_some(list(resting))})"
+        mend = "let no gradient into them (no_grad, detach), and stop their moving averages"
+        yield Finding("resting-moves", ERROR, _some(restless), what, mend)
+
+
+def _said(resting: Mapping[str, str]) -> list[str]:
+    """One sentence for each reason."""
+    by_reason = {why: [part for part in resting if resting[part] == why] for why in resting.values()}
+    return [f"training leaves {_some(parts)} alone for now: {why}" for why, parts in by_reason.items()]
 
 
 def _inert(policy: Any) -> tuple[str, ...]:
     """How the names of tensors end that are known to change nothing."""
     if isinstance(policy, Policy):
         return tuple(policy.inert)
-    return tuple(inert_act(policy.config)) if getattr(policy, "name", "") == "act" else ()
+    if getattr(policy, "name", "") == "act":
+        return tuple(inert_act(policy.config))
+    return ("pool.nets.bias",)  # of LeRobot's keypoints: softmax does not see a constant
 
 
-def _stir(policy: nn.Module) -> None:
-    """A little noise on every trainable parameter: biases that start at zero keep gradients from their
-    neighbours in the first step, and only there.
+def _resting(policy: Any) -> dict[str, str]:
+    """Modules and tensors that training leaves as they are for now, each with the reason."""
+    if isinstance(policy, Policy):
+        return policy.resting
+    vqvae = "vqbet.action_head.vqvae_model"
+    if getattr(policy, "name", "") != "vqbet":
+        return {}
+    if policy.get_submodule(vqvae).discretized:
+        return {vqvae: "phase 1 is over, the codes stay what they are"}
+    others = (name for name, _ in policy.named_parameters() if not name.startswith(vqvae))
+    return dict.fromkeys(others, "phase 1 makes the codes first")
+
+
+def _lies_in(name: str, parts: Iterable[str]) -> bool:
+    """Whether the tensor `name` is one of these modules' and tensors', by name."""
+    return any(name == part or name.startswith(part + ".") for part in parts)
+
+
+def _snapshot(policy: nn.Module) -> dict[str, Tensor]:
+    """The policy's tensors, after a little noise on every trainable parameter: biases that start at zero keep
+    gradients from their neighbours in the first step, and only there.
     """
     torch.manual_seed(running.SEED)
     with torch.no_grad():
         for parameter in (p for p in policy.parameters() if p.requires_grad):
             parameter.add_(0.02 * torch.randn_like(parameter))
+    return {name: tensor.detach().clone() for name, tensor in policy.state_dict(keep_vars=True).items()}
 
 
 def _step(policy: Any, batch: Mapping[str, Any]) -> tuple[Tensor, set[str]]:
@@ -145,14 +209,14 @@ def _first_adamw_step(
             parameter.sub_(lr * (parameter.grad.sign() + weight_decay * parameter))
 
 
-def _moved_buffers(policy: nn.Module, before: Mapping[str, Tensor], frozen: set[str]) -> list[str]:
-    """Floating buffers that changed in modules whose own parameters are all frozen: running statistics."""
-    return [
+def _buffers_of(policy: nn.Module, frozen: set[str]) -> set[str]:
+    """Buffers in modules whose own parameters are all frozen: running statistics."""
+    return {
         name
         for prefix, module in policy.named_modules()
-        for name, buffer in module.named_buffers(prefix, recurse=False)
-        if _is_frozen(prefix, module, frozen) and _has_moved(buffer, before.get(name))
-    ]
+        for name, _ in module.named_buffers(prefix, recurse=False)
+        if _is_frozen(prefix, module, frozen)
+    }
 
 
 def _is_frozen(prefix: str, module: nn.Module, frozen: set[str]) -> bool:
@@ -160,8 +224,8 @@ def _is_frozen(prefix: str, module: nn.Module, frozen: set[str]) -> bool:
     return bool(own) and frozen.issuperset(own)
 
 
-def _has_moved(buffer: Tensor, before: Tensor | None) -> bool:
-    return before is not None and buffer.is_floating_point() and not torch.equal(buffer, before)
+def _has_moved(tensor: Tensor, before: Tensor | None) -> bool:
+    return before is not None and tensor.is_floating_point() and not torch.equal(tensor, before)
 
 
 def _some(names: list[str]) -> str:

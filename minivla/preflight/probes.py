@@ -1,19 +1,14 @@
-"""Checks that run the policy, on a twin of it: what its chunk depends on, its sampler, its queue."""
+"""Checks that run the policy, on a twin of it: what its chunk depends on, and its queue."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
-
-import torch
-from torch import Tensor
+from collections.abc import Iterator
 
 from minivla.data.features import ACTION, OBS_LANGUAGE, FeatureType
-from minivla.policies.base import Policy
 from minivla.preflight import running
 from minivla.preflight.report import ERROR, WARNING, Finding, NotRun
-from minivla.preflight.subject import Subject
+from minivla.preflight.subject import Baseline, Subject
 
 NOTHING = 1e-6  # of the chunk's spread: rounding
 LITTLE = 1e-3
@@ -66,21 +61,21 @@ def sensitivity(kind: str, subject: Subject) -> Iterator[Finding]:
         return
     reached = _change(subject, keys)
     subject.measurements[f"chunk's change with other {KINDS[kind]}"] = reached
-    yield from _judged(kind, KINDS[kind], reached)
+    yield from _judged(kind, KINDS[kind], reached, subject.baseline)
     if kind == "image" and len(keys) > 1 and reached >= NOTHING:
         for key in keys:
             alone = _change(subject, [key])
             subject.measurements[f"  {key.rsplit('.', 1)[-1]} alone"] = alone
-            yield from _judged(kind, key, alone)
+            yield from _judged(kind, key, alone, subject.baseline)
 
 
-def _judged(kind: str, where: str, reached: float) -> Iterator[Finding]:
+def _judged(kind: str, where: str, reached: float, base: Baseline) -> Iterator[Finding]:
     code, plural = f"ignores-{'instruction' if kind == 'text' else kind}", kind == "image"
     if reached < NOTHING:
         what = f"the chunk is the same with other {where}"
         mend = "do these tokens reach the action head (minivla.trace)? Are they masked, or weights zero?"
         yield Finding(code, ERROR, where, what, mend)
-    elif reached < LITTLE:
+    elif reached < LITTLE * min(1.0, base.reach):
         verb = "barely moves" if plural else "hardly changes"
         what = f"the chunk {verb} with other {where}: by {reached:.1g} of its spread"
         mend = (
@@ -111,59 +106,6 @@ def _change(subject: Subject, keys: list[str]) -> float:
         if reached >= LITTLE:
             break
     return reached
-
-
-def time_convention(subject: Subject) -> Iterator[Finding]:
-    """The sampler starts at the noise, ends at the chunk, and walks along its own velocity.
-
-    Threads: openpi#825; open-pi-zero#27 (the sign of the Euler step) #35; lerobot PR#1605; GR00T#51.
-    """
-    if not isinstance(subject.policy, Policy):
-        raise NotRun("one of minivla's policies: a sampler's path is recorded by minivla.trace")
-    from minivla.tracing import trace
-
-    policy = subject.patient
-    with trace(policy) as recorded:
-        found = running.chunk(policy, subject.batch)
-    flow = recorded.flow
-    if flow is None:
-        raise NotRun("a policy with flow time: this one integrates nothing")
-    draws = [_path_start(policy, subject.batch, sign) for sign in (1.0, -1.0)]
-    if draws[0] is not None and draws[1] is not None and not torch.equal(draws[0], -draws[1]):
-        what = "the sampler's path does not start at the noise it is given"
-        mend = (
-            "x at the noise end of time is the noise itself; look which end of time the sampler starts from"
-        )
-        yield Finding("time-start", ERROR, "sampler", what, mend)
-    if flow.quantity != "velocity":  # a prediction of something else does not point along the path
-        return
-    walked = (flow.x[-1] - flow.x[0]).flatten()
-    times = flow.times.to(flow.v)
-    steps = (times[1:] - times[:-1]).reshape(-1, *[1] * (flow.v.ndim - 1))
-    meant = (steps * flow.v).sum(0).flatten()
-    if torch.nn.functional.cosine_similarity(walked, meant, dim=0) < 0.9:
-        what = "the path does not follow its own velocity: the step's sign or size disagrees with the times"
-        mend = "x += (next time - this time) * v, with both times as the loss has them"
-        yield Finding("time-direction", ERROR, "sampler", what, mend)
-    end = flow.x[-1].float()[..., : found.shape[-1]]
-    if found.shape == end.shape and not torch.allclose(end, found, atol=1e-4):
-        what = "the path's end is not the chunk the policy returns"
-        yield Finding("time-end", ERROR, "sampler", what, "return x at the data end of time")
-
-
-def _path_start(policy: Any, batch: Mapping[str, Any], sign: float) -> Tensor | None:
-    """Where the path starts when the noise is drawn with this sign."""
-    from minivla.tracing import trace
-
-    torch.manual_seed(running.SEED)
-    with trace(policy) as recorded, torch.no_grad():
-        policy.predict_action_chunk(running.observed(batch))
-    start = recorded.flow.x[0] if recorded.flow is not None else None
-    if start is None:
-        return None
-    with trace(policy) as again, torch.no_grad():
-        policy.predict_action_chunk(running.observed(batch), noise=sign * start)
-    return again.flow.x[0] if again.flow is not None else None
 
 
 def queue_reset(subject: Subject) -> Iterator[Finding]:

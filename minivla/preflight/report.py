@@ -49,6 +49,7 @@ class Report:
     measurements   {name: value}: sensitivities, replay error
     title          what was examined
     evidence       what the checks had to go by: samples, frames, an environment
+    notes          what is as it should be and may surprise all the same
     """
 
     findings: tuple[Finding, ...] = ()
@@ -57,6 +58,7 @@ class Report:
     measurements: Mapping[str, float] = field(default_factory=dict)
     title: str = "minivla.doctor"
     evidence: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -81,6 +83,8 @@ class Report:
         if self.is_thin:
             parts.append("\n".join(_wrapped(THIN)).strip())
         parts += map(str, self.findings)
+        if self.notes:
+            parts.append("noted    " + "\n".join(_wrapped("; ".join(self.notes)))[9:])
         if self.measurements:
             width = max(map(len, self.measurements))
             rows = [f"  {name:<{width}}  {_rounded(value)}" for name, value in self.measurements.items()]

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minivla.data.features import ACTION
+from minivla.data.features import ACTION, OBS_IMAGES
+from minivla.policies.base import Policy
 
 SEED = 0
 
@@ -28,12 +29,27 @@ def moment(batch: Mapping[str, Any], config: Any) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def chunk(policy: Any, batch: Mapping[str, Any]) -> Tensor:
-    """The chunk (B, H, A) a policy predicts, with the same random draws each time."""
+def chunk(policy: Any, batch: Mapping[str, Any], seed: int = SEED) -> Tensor:
+    """The chunk (B, H, A) a policy predicts, with the random draws of this seed."""
     policy.eval()
-    torch.manual_seed(SEED)
-    found: Tensor = policy.predict_action_chunk(observed(batch))
+    seen = observed(batch)
+    if not isinstance(policy, Policy) and policy.config.observation_delta_indices is not None:
+        seen = _queued(policy, seen)
+    torch.manual_seed(seed)
+    found: Tensor = policy.predict_action_chunk(seen)
     return found.float()
+
+
+def _queued(policy: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """LeRobot's policies take a history from their queues and not from the batch: put it there. Returns the
+    batch, with the cameras as one, (B, T, camera, 3, H, W), as `select_action` makes it.
+    """
+    policy.reset()
+    cameras = [batch[key] for key in policy.config.image_features]
+    seen = {**batch, OBS_IMAGES: torch.stack(cameras, dim=2)} if cameras else dict(batch)
+    for key in policy._queues.keys() & seen.keys():
+        policy._queues[key].extend(seen[key].unbind(1))
+    return {key: seen[key] for key in policy._queues if key in seen}
 
 
 @torch.no_grad()
@@ -45,11 +61,11 @@ def action(policy: Any, batch: Mapping[str, Any]) -> Tensor:
 
 
 @torch.no_grad()
-def loss(policy: Any, batch: Mapping[str, Any], *, training: bool) -> float:
-    """The loss of a batch in one mode or the other, with the same random draws each time."""
+def loss(policy: Any, batch: Mapping[str, Any], *, training: bool, **drawn: Tensor) -> float:
+    """The loss of a batch in one mode or the other, with the same random draws each time, unless given."""
     policy.train(training)
     torch.manual_seed(SEED)
-    value, _ = policy(dict(batch))
+    value, _ = policy(dict(batch), **drawn)
     return float(value)
 
 

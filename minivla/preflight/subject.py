@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minivla import recorder
 from minivla.data.features import ACTION, OBS_LANGUAGE, FeatureType, NormalizationMode, PolicyFeature
 from minivla.data.raw import to_batch
 from minivla.policies.base import Policy
@@ -27,6 +28,7 @@ from minivla.preflight.recordings import Recordings
 from minivla.preflight.report import ERROR, Finding, NotRun
 from minivla.preflight.scaling import Scaling, features_from, modes_from, rename_map_of, scaling_of
 from minivla.preflight.vectors import examine_action, examine_task, examine_vector
+from minivla.tracing import trace
 
 FEW = 8  # samples that the probes look at
 TAME = 6.0  # standard deviations
@@ -44,13 +46,15 @@ class Refused(NotRun):
 @dataclass(frozen=True)
 class Baseline:
     """The batch's chunk (B, H, A), other prepared observations, and how much the chunks of all vary: over
-    everything, and each dimension (A,).
+    everything, and each dimension (A,). `reach`, how far the chunk goes with an observation that is all
+    other, in this spread: little, where what varies is mostly drawn.
     """
 
     chunk: Tensor
     others: list[dict[str, Any]]
     spread: float
     spreads: Tensor
+    reach: float
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Subject:
     dataset        the dataset, or None
     env            a gymnasium environment, or None
     preprocessor, postprocessor   the policy's pipelines, or None
-    measurements   {name: value}, which the checks fill
+    measurements, notes   {name: value} and sentences for the report, which the checks fill
     exchanged      whether the processors were given the other way about; here they are put right
     """
 
@@ -73,6 +77,7 @@ class Subject:
     preprocessor: Any = None
     postprocessor: Any = None
     measurements: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     exchanged: bool = False
 
     @cached_property
@@ -281,6 +286,21 @@ class Subject:
         """The twin that predicts chunks; no check does more to it."""
         return self.twin()
 
+    def sampled(self, **options: Any) -> tuple[recorder.Call, Tensor]:
+        """What is recorded while a chunk is predicted for the batch, and the chunk; `options` are those of
+        `predict_action_chunk`.
+        """
+        torch.manual_seed(running.SEED)
+        policy = self.patient.eval()
+        with trace(policy) as recorded, torch.no_grad():
+            chunk = policy.predict_action_chunk(running.observed(self.batch), **options)
+        return recorded.calls[-1], chunk
+
+    @cached_property
+    def path(self) -> tuple[recorder.Call, Tensor]:
+        """The same, with the policy's own options."""
+        return self.sampled()
+
     @cached_property
     def baseline(self) -> Baseline:
         """What the probes compare with."""
@@ -288,7 +308,9 @@ class Subject:
         others = [{**self.batch, **self.prepare(other)} for other in self.others]
         chunks = [plain, *(running.chunk(self.patient, other) for other in others)]
         every = torch.cat(chunks)
-        return Baseline(plain, others, running.spread(every), every.flatten(0, 1).std(0))
+        spread = running.spread(every)
+        farthest = max(float((other - plain).square().mean().sqrt()) for other in chunks[1:])
+        return Baseline(plain, others, spread, every.flatten(0, 1).std(0), farthest / max(spread, 1e-12))
 
     @cached_property
     def others(self) -> list[dict[str, Any]]:

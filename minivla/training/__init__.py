@@ -5,7 +5,7 @@ batches.py     which samples step k sees, and its random numbers: functions of (
 optim.py       AdamW, the learning-rate schedule, averaged weights, the table of what is trainable
 run.py         what happens around a step: logging, evaluating, saving, resuming, stopping
 checkpoint.py  checkpoints that are whole or absent, the log and its plot
-evaluation.py  a policy in environments that run as a batch; video.py: films of it
+evaluation.py  a policy in environments that run as a batch; environments.py: made to fit it; video.py: films
 __main__.py    the command line, which `accelerate launch -m minivla.training` takes to many processes
 """
 

@@ -3,6 +3,11 @@
 Environments run as a batch: n episodes step together and the policy sees their observations as one raw
 batch, which is what makes a network on a CPU affordable. Episode i starts from seed + i, whatever the batch
 size.
+
+What is measured is what LeRobot measures (`lerobot/scripts/lerobot_eval.py`: success, sum and maximum of the
+rewards, seeds that count up), but for two things. Actions are held to the action space, and how many had to
+be is told. An episode ends when it is over: LeRobot counts one reward more, which belongs to the next
+episode, where others of the same batch are still running.
 """
 
 from __future__ import annotations
@@ -19,9 +24,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from minivla.data.features import ACTION, OBS_ENV_STATE, OBS_IMAGE, OBS_IMAGES, OBS_STATE
+from minivla.data.features import ACTION, OBS_ENV_STATE, OBS_IMAGE, OBS_IMAGES, OBS_STATE, MissingKey
 from minivla.training.batches import EPISODES, preserved_rng, seed_all
-from minivla.training.spec import parse_spec
+from minivla.training.environments import environments
 from minivla.training.video import FILMED, check_video, write_video
 
 if TYPE_CHECKING:
@@ -45,6 +50,9 @@ class Evaluation:
     clipped      share of actions that had a value beyond the action space's bounds, and were clipped to them
     video        the film, if one was asked for
     successes, lengths   episode by episode: did it succeed, how many steps it took
+    max_reward   mean over episodes of their largest reward; printed unless rewards are all 0 and 1. PushT's
+                 reward is the share of the goal that the T covers, over the 0.95 that are success, at most 1
+    max_rewards, sum_rewards, infos   episode by episode: largest reward, sum of rewards, the last step's info
     """
 
     success: float
@@ -55,9 +63,16 @@ class Evaluation:
     video: Path | None = None
     successes: tuple[bool, ...] = field(default=(), repr=False)
     lengths: tuple[int, ...] = field(default=(), repr=False)
+    max_reward: float = 0.0
+    max_rewards: tuple[float, ...] = field(default=(), repr=False)
+    sum_rewards: tuple[float, ...] = field(default=(), repr=False)
+    # Arrays in there have no plain ==.
+    infos: tuple[dict[str, Any], ...] = field(default=(), repr=False, compare=False)
 
     def __str__(self) -> str:
         text = f"{self.success:.3f} [{self.low:.3f}, {self.high:.3f}] over {self.episodes} episodes"
+        if not set(self.max_rewards) <= {0.0, 1.0}:
+            text += f", mean max reward {self.max_reward:.3f}"
         return text + (f", {self.clipped:.1%} of actions clipped" if self.clipped >= 0.0005 else "")
 
 
@@ -88,7 +103,9 @@ def evaluate(
     """Run a policy for some episodes and count its successes.
 
     env         "tabletop:pick_place?size=64", a gymnasium id (with ?key=value arguments), a function that
-                makes an environment, or an environment (copied by its `spec`; without one it runs alone)
+                makes an environment, or an environment (copied by its `spec`; without one it runs alone).
+                The package of "gym_pusht/PushT-v0" is imported, and the environment made for what the policy
+                sees (`minivla.training.environments.fitting`), where ?key=value does not say otherwise
     episodes    how many; episode i is reset with seed + i, and the policy's random numbers follow the seed
     batch_size  environments that step together
     max_steps   steps until an episode counts as over (None: the environment's limit, else 1000)
@@ -96,8 +113,9 @@ def evaluate(
 
     An episode succeeds when `info["is_success"]` was ever true. The policy comes back in the mode it was
     in, and the caller's random generators untouched. Raises ValueError for numbers out of range and for
-    actions (B, A) of a wrong shape or with NaN, KeyError when the environment reports no `is_success`,
-    TypeError when its actions are not a Box.
+    actions (B, A) of a wrong shape or with NaN, KeyError when the environment reports no `is_success` or
+    lacks an input of the policy, TypeError when its actions are not a Box, ModuleNotFoundError for an
+    environment whose package is not installed.
     """
     if episodes < 1 or batch_size < 1 or seed < 0:
         raise ValueError(
@@ -108,7 +126,8 @@ def evaluate(
     path = check_video(video)
     done: list[Episode] = []
     with contextlib.ExitStack() as stack:
-        envs = stack.enter_context(environments(env, min(batch_size, episodes), rendered=path is not None))
+        count = min(batch_size, episodes)
+        envs = stack.enter_context(environments(env, count, policy=policy, rendered=path is not None))
         stack.enter_context(preserved_rng())
         stack.enter_context(_acting(policy))
         bar = stack.enter_context(tqdm(total=episodes, desc="episodes", leave=False, disable=not progress))
@@ -139,6 +158,10 @@ def _summary(done: Sequence[Episode], video: Path | None) -> Evaluation:
         video,
         tuple(episode.success for episode in done),
         tuple(episode.length for episode in done),
+        sum(max(episode.rewards) for episode in done) / len(done),
+        tuple(max(episode.rewards) for episode in done),
+        tuple(math.fsum(episode.rewards) for episode in done),
+        tuple(episode.info for episode in done),
     )
 
 
@@ -153,10 +176,11 @@ class Episode:
         )
         self.length, self.clipped = 0, 0
         self.success = self.over = False
+        self.rewards: list[float] = []
         self.frames: list[np.ndarray] = []
         self.filmed = filmed
-        self.observation, info = env.reset(seed=seed)
-        self.task = info.get("task")
+        self.observation, self.info = env.reset(seed=seed)
+        self.task = self.info.get("task")
         self._film()
 
     @property
@@ -170,13 +194,15 @@ class Episode:
         slack = 1e-6 * (self.high - self.low)  # rounding, when statistics and bounds coincide
         self.clipped += bool(((action < self.low - slack) | (action > self.high + slack)).any())
         action = np.clip(action, self.low, self.high).astype(self.env.action_space.dtype)
-        self.observation, _, terminated, truncated, info = self.env.step(action)
+        self.observation, reward, terminated, truncated, info = self.env.step(action)
         if "is_success" not in info:
             raise KeyError(
                 f"{self.env} reports {', '.join(info) or 'nothing'} in info, not 'is_success'; "
                 "wrap it so that step() adds info['is_success']"
             )
         self.length += 1
+        self.info = dict(info)
+        self.rewards.append(float(reward))
         self.success = self.success or bool(info["is_success"])
         self.over = bool(terminated or truncated) or self.length >= self.limit
         self.task = info.get("task", self.task)
@@ -213,11 +239,24 @@ def _play(policy: Any, running: Sequence[Episode], bar: tqdm[Any]) -> None:
     """Step the episodes together until all are over."""
     policy.reset()
     while not all(episode.over for episode in running):
-        actions = _checked(policy.act(raw_batch(running)), running)
+        actions = _checked(_asked(policy, running), running)
         for episode, action in zip(running, actions, strict=True):
             if not episode.over:
                 episode.step(action)
                 bar.update(int(episode.over))
+
+
+def _asked(policy: Any, running: Sequence[Episode]) -> Tensor:
+    try:
+        actions: Tensor = policy.act(raw_batch(running))
+    except MissingKey as error:
+        if "rename" not in str(error):
+            raise
+        raise MissingKey(
+            f"{error}\nThe observations are those of {running[0].env}; for an evaluation, rename them in the "
+            "policy:\n  policy.preprocessor.rename_map.update(rename)"
+        ) from error
+    return actions
 
 
 def raw_batch(running: Sequence[Episode]) -> dict[str, Any]:
@@ -277,54 +316,3 @@ def _acting(policy: Any) -> Iterator[None]:
         for module, training in modes:
             module.training = training
         policy.reset()
-
-
-@contextlib.contextmanager
-def environments(env: Any, count: int, *, rendered: bool = False) -> Iterator[list[Any]]:
-    """Up to `count` environments to step together; those made here are closed afterwards."""
-    import gymnasium
-
-    single = env if isinstance(env, gymnasium.Env) else None
-    if single is not None and single.spec is None:
-        yield [single]
-        return
-    make = _maker(single.spec if single is not None else env, rendered)
-    envs: list[Any] = []
-    try:
-        for _ in range(count):
-            envs.append(make())
-        yield envs
-    finally:
-        for each in envs:
-            each.close()
-
-
-def _maker(env: Any, rendered: bool) -> Callable[[], Any]:
-    import gymnasium
-
-    mode: dict[str, Any] = {"render_mode": "rgb_array"} if rendered else {}
-    if isinstance(env, str):
-        name, arguments = parse_env(env)
-        return lambda: gymnasium.make(name, disable_env_checker=True, **{**arguments, **mode})
-    if isinstance(env, gymnasium.envs.registration.EnvSpec):
-        return lambda: gymnasium.make(env, disable_env_checker=True, **mode)
-    if callable(env):
-        return env
-    raise TypeError(
-        f"env is a {type(env).__name__}; expected a gymnasium id, an environment, or a function making one"
-    )
-
-
-def parse_env(text: str) -> tuple[str, dict[str, Any]]:
-    """A gymnasium id and the arguments for it, out of "id?key=value&…" or "tabletop:task?key=value&…".
-
-    >>> parse_env("tabletop:reach?embodiment=arm2&size=96")
-    ('minivla/Tabletop-v0', {'task': 'reach', 'embodiment': 'arm2', 'size': 96})
-    """
-    name, arguments = parse_spec(text)
-    if name.startswith("tabletop:"):
-        arguments = {"task": name.removeprefix("tabletop:")} | arguments
-        name = "minivla/Tabletop-v0"
-    if name.startswith("minivla/"):
-        import minivla.world  # noqa: F401  registers the id
-    return name, arguments

@@ -168,7 +168,8 @@ class Run:
             options["eval_seed"],
             progress=options["progress"],
         )
-        numbers = {key: getattr(result, key) for key in ("success", "low", "high", "episodes", "clipped")}
+        logged = ("success", "low", "high", "episodes", "clipped", "max_reward")
+        numbers = {key: getattr(result, key) for key in logged}
         self.log.write({"step": self.step, **numbers})
         self.last = self.last | {"success": f"{result.success:.3f}"}
 

@@ -2,13 +2,17 @@
 
     tokens.py      the token ribbon                      masks.py      who may look at whom
     attention.py   what a query looks at                 rollout.py    the same through several layers
-    flow.py        from noise to action
+    flow.py        from noise to action                  denoising.py  the same as paths on the table
+    score.py       the field that drives it, in numbers  basins.py     drawn at several noise levels
+    keypoints.py   where an encoder sees things
     chunks.py      action chunks, the gripper's path     ensemble.py   temporal ensembling
-    codes.py       how discrete policies use codes       training.py   loss, success, normalisation, windows
+    codes.py       how discrete policies use codes       codebook.py   what each stands for
+    choice.py      how a call chose among them           plane.py      a chunk as a path over the table
+    training.py    loss, success, normalisation, windows
     frames.py      film strips, contact sheets           animate.py    GIFs;  video.py    HTML5 video
     explorer.py    one call as a page to point at
     palette.py     the colour of each token kind, the sheet figures are drawn on
-    layout.py, pictures.py   what these share
+    layout.py, pictures.py, scene.py   what these share
 
 Every function takes data and returns a matplotlib Figure; `ax=`, where there is one panel, draws on axes of
 yours. Figures are known to pyplot: a cell ends in `plt.show()`. Titles state what the function can see for
@@ -23,14 +27,20 @@ from minivla.viz.attention import (
     plot_look,
     striking_patch,
 )
+from minivla.viz.basins import plot_score_field
+from minivla.viz.choice import plot_choice
 from minivla.viz.chunks import gripper_path, plot_chunk, plot_gripper_path
-from minivla.viz.codes import perplexity, plot_code_usage
+from minivla.viz.codebook import plot_codebook
+from minivla.viz.codes import perplexity, plot_code_grid, plot_code_usage
+from minivla.viz.denoising import plot_denoising_paths
 from minivla.viz.ensemble import ensemble_weights, plot_ensemble
 from minivla.viz.explorer import Explorer, explore
 from minivla.viz.flow import convergence, plot_convergence, plot_denoising, plot_flow
 from minivla.viz.frames import plot_cameras, plot_frames
+from minivla.viz.keypoints import keypoints_of, plot_keypoints
 from minivla.viz.masks import plot_mask
 from minivla.viz.palette import KIND_COLOURS, style
+from minivla.viz.plane import Plane
 from minivla.viz.rollout import attention_rollout, plot_rollout, rollout_weights
 from minivla.viz.tokens import plot_tokens, seen_tokens
 from minivla.viz.training import plot_loss, plot_normalisation, plot_success, plot_windows
@@ -40,6 +50,7 @@ __all__ = [
     "KIND_COLOURS",
     "Explorer",
     "Gif",
+    "Plane",
     "Video",
     "animate_flow",
     "attention_rollout",
@@ -50,22 +61,29 @@ __all__ = [
     "explore",
     "figure_frame",
     "gripper_path",
+    "keypoints_of",
     "perplexity",
     "plot_attention",
     "plot_cameras",
+    "plot_choice",
     "plot_chunk",
+    "plot_code_grid",
     "plot_code_usage",
+    "plot_codebook",
     "plot_convergence",
     "plot_denoising",
+    "plot_denoising_paths",
     "plot_ensemble",
     "plot_flow",
     "plot_frames",
     "plot_gripper_path",
+    "plot_keypoints",
     "plot_look",
     "plot_loss",
     "plot_mask",
     "plot_normalisation",
     "plot_rollout",
+    "plot_score_field",
     "plot_success",
     "plot_tokens",
     "plot_windows",

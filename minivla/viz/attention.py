@@ -13,6 +13,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from minivla.data.features import MissingKey
@@ -77,7 +78,7 @@ def plot_look(
 
     images: {batch key: image (3, H, W) or (H, W, 3) in [0, 1]} for the segments with a grid. The scale
     starts at 0 and goes with the root, so that a single strong patch does not hide all others; its mark
-    "even" is what every token would get if all got the same; the same mark is on the bars.
+    "even" is what every token that is seen would get if all got the same; the same mark is on the bars.
     ax: draw one camera there, without scale and bars: the one named `camera`, else that of the strongest
     patch.
 
@@ -87,7 +88,7 @@ def plot_look(
     row = _check_weights(weights)
     segments = check_segments(segments, len(row), "key ")
     cameras = [s for s in segments if s.grid is not None]
-    strips = [s for s in segments if s.grid is None and s.length > 1]
+    strips = [s for s in segments if s.grid is None and s.length > 1 and row[s.start : s.stop].any()]
     if absent := [s.image or s.name for s in cameras if s.image not in images]:
         raise MissingKey(
             f"no image for {', '.join(absent)}; images has {', '.join(images) or 'none'}. "
@@ -107,7 +108,7 @@ def plot_look(
         for i, s in enumerate(reversed(strips)):
             down = figure.get_size_inches()[1] - (i + 1) * STRIP + 0.12
             ax = palette.axes_at(figure, 0.65, down, palette.WIDTH - 1.2, STRIP - 0.55)
-            _draw_strip(ax, s, row[s.start : s.stop], 1 / len(row))
+            _draw_strip(ax, s, row[s.start : s.stop], _even(row))
         palette.headline(figure, title)
     return figure
 
@@ -159,7 +160,7 @@ def striking_patch(
     place, (_, columns) = int(row[s.start : s.stop].argmax()), s.grid or (1, 1)
     share = row[s.start + place]
     rival = max((shares[other.name] for other in segments if other.grid is None), default=0.0)
-    striking = share * len(row) >= times and rival <= MORE * share
+    striking = share >= times * _even(row) and rival <= MORE * share
     return (s.name, *divmod(place, columns)) if striking else None
 
 
@@ -168,19 +169,25 @@ def attention_title(weights: Tensor | np.ndarray, segments: Sequence[Segment]) -
     shares = attention_shares(weights, segments)
     if len(segments) == 1:
         place = int(weights.argmax())
-        share, even = float(weights[place]), 1 / len(weights)
+        share, even = float(weights[place]), _even(weights)
         told = f"{palette.percent(share)} (even: {palette.percent(even)})"
         return f"looks most at {segments[0].name}[{place}]: {told}"
     if patch := striking_patch(weights, segments):
         name, row, column = patch
         share = max(float(weights[s.start : s.stop].max()) for s in segments if s.grid is not None)
-        even = 1 / len(weights)
+        even = _even(weights)
         told = f"{name}, row {row}, column {column} (even: {palette.percent(even, 1)})"
         return f"gives {palette.percent(share)} to one patch: {told}"
     name = max(shares, key=lambda key: shares[key])
-    even = sum(s.length for s in segments if s.name == name) / sum(s.length for s in segments)
+    even = sum(_even(weights, s) for s in segments if s.name == name)
     told = f"{name} (even: {palette.percent(even)})"
     return f"gives {palette.percent(shares[name])} of its attention to {told}"
+
+
+def _even(weights: Tensor | np.ndarray, segment: Segment | None = None) -> float:
+    """What a token that is seen (its weight is above 0), or a segment, would get if all seen got the same."""
+    seen = np.asarray(weights) > 0
+    return float(seen[segment.start : segment.stop].sum() if segment else 1) / max(1, int(seen.sum()))
 
 
 def _check_weights(weights: Tensor | np.ndarray) -> np.ndarray:
@@ -377,7 +384,7 @@ def _draw_shares(ax: Axes, segments: Sequence[Segment], row: np.ndarray) -> None
     shares = [row[s.start : s.stop].sum() for s in segments]
     y = np.arange(len(segments))
     ax.barh(y, shares, height=0.62, color=[palette.colour_of(s.kind) for s in segments], gid="shares")
-    even = [s.length / len(row) for s in segments]
+    even = [_even(row, s) for s in segments]
     ax.vlines(even, y - 0.42, y + 0.42, color=palette.INK, linewidth=1.1)
     reach = max(*shares, *even)
     for i, share in enumerate(shares):
@@ -398,3 +405,4 @@ def _draw_strip(ax: Axes, segment: Segment, weights: np.ndarray, even: float) ->
     ax.text(1.005, even, "even", transform=ax.get_yaxis_transform(), va="center", fontsize=palette.FONT - 1)
     ax.set(xlim=(-0.6, segment.length - 0.4), ylim=(0, 1.15 * max(weights.max(), even)))
     ax.set(xlabel=f"token of {segment.name}", ylabel="attention")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 from torch import Tensor
 
 from minivla.viz import palette
 from minivla.viz.pictures import as_array
+
+DEAD = palette.KIND_COLOURS["padding"]
+TICKS = 24  # codes named along an axis, at most
 
 
 def plot_code_usage(
@@ -48,11 +53,47 @@ def plot_code_usage(
             figure, ax = palette.panel(ax, 0)
             axes = [ax]
         for level, (panel, count) in enumerate(zip(axes, counts, strict=True)):
-            _draw_usage(panel, count, order, f"level {level}\n" if len(counts) > 1 else "")
+            _draw_usage(panel, count, order, f"level {level + 1}\n" if len(counts) > 1 else "")
             if len(counts) > 1 or title is not None:
                 _tell(panel, count)
         axes[-1].set_xlabel("codes, the most frequent first" if order == "usage" else "code")
         palette.entitle(axes[0], usage_title(counts) if title is None else title, own=ax is None)
+    return figure
+
+
+def plot_code_grid(
+    codes: Tensor | np.ndarray,
+    sizes: int | Sequence[int],
+    *,
+    levels: tuple[int, int] = (1, 2),
+    order: Literal["usage", "id"] = "id",
+    title: str | None = None,
+) -> Figure:
+    """How often each pair of two levels' codes occurs: a map of counts, pairs that never do grey; beside it
+    and above, how often each code does.
+
+    codes    integers (..., G): a code for each level of a residual quantiser
+    sizes    how many codes each level has, or one number for all
+    levels   which two, counted from 1: the first down, the second across
+    order    "id", or "usage", the most frequent first
+
+    Perplexities are those of `perplexity`; of the pairs it reaches the product of the levels' own only where
+    these know nothing of each other. Raises ValueError for codes, levels, sizes or an order out of range,
+    TypeError for codes that are not integers.
+    """
+    counts = _pairs(codes, sizes, levels)
+    if order not in ("usage", "id"):
+        raise ValueError(f"order is {order!r}; expected 'usage' or 'id'")
+    down, across = (
+        np.argsort(-uses, kind="stable") if order == "usage" else np.arange(len(uses))
+        for uses in (counts.sum(axis=1), counts.sum(axis=0))
+    )
+    with palette.style():
+        figure = palette.sheet(5.6, layout=None)
+        picture = _draw_pairs(palette.axes_at(figure, 0.62, 1.34, 3.75, 3.75), counts[np.ix_(down, across)])
+        _name_codes(picture, down, across, levels)
+        _draw_margins(figure, counts[np.ix_(down, across)])
+        palette.headline(figure, grid_title(counts) if title is None else title)
     return figure
 
 
@@ -86,6 +127,77 @@ def usage_title(counts: list[np.ndarray]) -> str:
     more = ", …" if len(counts) > 3 else ""
     told = "Every code is used" if not dead else f"{dead:,} of {size:,} codes are never used"
     return f"{told}; perplexity {worth}{more}"
+
+
+def grid_title(counts: np.ndarray) -> str:
+    """The finding: how many pairs (C, C) there really are, and what they are worth."""
+    alone = [_perplexity(counts.sum(axis=axis)) for axis in (1, 0)]
+    told = f"{int((counts > 0).sum()):,} of {counts.size:,} pairs occur\nPerplexity {alone[0]:.3g} and "
+    both = f"{_perplexity(counts.reshape(-1)):.3g}"
+    return told + f"{alone[1]:.3g}, together {both} (independent levels: {alone[0] * alone[1]:.3g})"
+
+
+def _pairs(codes: Tensor | np.ndarray, sizes: int | Sequence[int], levels: tuple[int, int]) -> np.ndarray:
+    """How often each pair of codes occurs, (C, C). Raises ValueError and TypeError as `plot_code_grid`."""
+    table = as_array(codes)
+    count = table.shape[-1] if table.ndim else 0
+    many = [sizes] * count if isinstance(sizes, int) else list(sizes)
+    if len(many) != count:
+        raise ValueError(
+            f"sizes are {many}, but codes has shape {table.shape}; expected (..., {len(many)}), a code for "
+            "each level"
+        )
+    if len(set(levels)) != 2 or not all(1 <= level <= count for level in levels):
+        raise ValueError(f"levels are {levels}; expected two of 1 to {count}, as codes has {table.shape}")
+    for level, size in enumerate(many):
+        code_counts(table[..., level], size)
+    first, second = (table[..., level - 1].reshape(-1) for level in levels)
+    counts = np.zeros([many[level - 1] for level in levels], dtype=np.int64)
+    np.add.at(counts, (first, second), 1)
+    return counts
+
+
+def _draw_pairs(ax: Axes, counts: np.ndarray) -> Axes:
+    """The map, with its scale: logarithmic, since a few pairs are most of a data set."""
+    shown: dict[str, Any] = {"norm": LogNorm(1, max(2, counts.max())), "cmap": "viridis", "aspect": "auto"}
+    ax.set_facecolor(DEAD)
+    image = ax.imshow(np.ma.masked_equal(counts, 0), interpolation="nearest", gid="pairs", **shown)
+    scale = palette.axes_at(palette.figure_of(ax), 5.42, 1.34, 0.14, 3.75)
+    bar = palette.figure_of(ax).colorbar(image, cax=scale)
+    bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    bar.ax.yaxis.set_major_formatter(lambda value, place: f"{value:g}")
+    bar.ax.minorticks_off()
+    bar.set_label("uses of the pair (grey: none)")
+    return ax
+
+
+def _name_codes(ax: Axes, down: np.ndarray, across: np.ndarray, levels: tuple[int, int]) -> None:
+    ax.set(xlabel=f"code of level {levels[1]}", ylabel=f"code of level {levels[0]}")
+    for axis, ids in ((ax.xaxis, across), (ax.yaxis, down)):
+        places = np.arange(0, len(ids), 1 + (len(ids) - 1) // TICKS)
+        axis.set_ticks(places, [str(ids[place]) for place in places])
+        axis.set_tick_params(length=0)
+
+
+def _draw_margins(figure: Figure, counts: np.ndarray) -> None:
+    """Each level's own usage, along its side of the map."""
+    boxes = (0.62, 0.62, 3.75, 0.64), (4.45, 1.34, 0.64, 3.75)
+    fill: dict[str, Any] = {"fill": True, "color": palette.KIND_COLOURS["action"], "linewidth": 0}
+    font: dict[str, Any] = {"fontsize": 7, "color": palette.MUTED}
+    for down, box in enumerate(boxes):
+        ax, uses = palette.axes_at(figure, *box), counts.sum(axis=down)
+        way: Any = "horizontal" if down else "vertical"
+        ax.stairs(uses / uses.sum(), np.arange(len(uses) + 1) - 0.5, orientation=way, gid="usage", **fill)
+        ax.spines[:].set_visible(False)
+        ax.set(xticks=[], yticks=[])
+        for code in np.flatnonzero(uses == 0) if len(uses) <= TICKS else ():
+            place: Any = (0, code) if down else (code, 0)
+            align = {"va": "center"} if down else {"ha": "center", "rotation": 90}
+            ax.annotate(
+                "never", place, (2, 0) if down else (0, 2), textcoords="offset points", **align, **font
+            )
+        span = (len(uses) - 0.5, -0.5)
+        ax.set_ylim(span) if down else ax.set_xlim(span[::-1])
 
 
 def _perplexity(count: np.ndarray) -> float:

@@ -116,6 +116,7 @@ class Tokens {
 
 const NOTES = {
   image: "A patch of a camera picture, made into a token.",
+  picture: "A whole camera picture, made into one token.",
   language: "Words of the instruction.",
   state: "What the robot knows of its own body.",
   action: "An action as a token.",
@@ -128,6 +129,7 @@ const NOTES = {
 // What is shown now, worked out once for all panels.
 function lookOf(state, data) {
   const { sequence, reverse } = state;
+  if (!sequence) return { data, shares: [] };
   const token = state.hovered ?? state.kept;
   const may = sequence.may(token, reverse);
   const sites = sequence.sitesOf(token, reverse);
@@ -343,11 +345,12 @@ function wordsPanel(act) {
     const s = sequence.segmentOf[token];
     const task = s.kind === "language" && data.task ? ` “${data.task}”` : "";
     const h = act.actionStep(look);
-    const action = h === null ? "" : `Step ${h} of the chunk. `;
+    const action = h === null || !act.asking ? "" : `Step ${h} of the chunk. `;
     title.textContent = sequence.title(token);
     title.style.setProperty("--kind", data.kinds[s.kind][0]);
     const hidden = sum(sequence.may(token, true)) ? "" : " Nobody may look at it.";
-    what.textContent = `Position ${token}: ${sequence.place(token)}. ${action}${NOTES[s.kind]}${task}${hidden}`;
+    const note = NOTES[s.kind === "image" && !s.grid ? "picture" : s.kind];
+    what.textContent = `Position ${token}: ${sequence.place(token)}. ${action}${note}${task}${hidden}`;
     say.textContent = sayText(look);
   };
   return { node, draw };
@@ -383,7 +386,8 @@ function attentionPanel(data, act) {
   const head = slider("head", (value) => act.head(value));
   const bars = el("div", { class: "bars" });
   const none = el("p", { class: "none" }, "None was kept for this token in this direction.");
-  const node = panel("attention", "", layer.node, head.node, bars, none);
+  const asked = el("p", { class: "scale" }, data.asked ?? "");
+  const node = panel("attention", "", layer.node, head.node, bars, none, asked);
   const draw = (look) => {
     const { site, sites, chosen } = look;
     node.firstChild.textContent = headline(look);
@@ -627,86 +631,6 @@ function bandOf({ sequence, reverse, token, may }, edges, left, data) {
   return parts;
 }
 
-// -- the chunk --------------------------------------------------------------------------------------------
-
-const PLOT = { width: 200, height: 110, left: 6, right: 6, top: 6, bottom: 6 };
-
-function chunkPanel(data, state, act) {
-  const { chunk } = data;
-  if (!chunk) return null;
-  const horizon = chunk.units.normalised[0].length;
-  const grid = el("div", { class: "plots" });
-  const plots = chunk.names.map((name, i) => plot(name, i, horizon, chunk, act));
-  grid.append(...plots.map((p) => p.node));
-  const steps = chunk.units.normalised.length - 1;
-  const sampler = slider("sampler", (value) => act.sampler(value));
-  const units = choice(
-    "units",
-    [
-      ["robot", "robot units"],
-      ["normalised", "normalised"],
-    ],
-    state.unit,
-    (value) => act.unit(value),
-  );
-  const told = el("p", { class: "scale" });
-  const controls = el("div", { class: "controls" });
-  if (chunk.times) controls.append(sampler.node);
-  if (chunk.units.robot) controls.append(units);
-  const node = panel("chunk", "The chunk", controls, grid, told);
-  const draw = (look) => {
-    const h = act.actionStep(look);
-    if (chunk.times) {
-      sampler.set(state.step, steps, `step ${state.step} of ${steps}, time ${short(chunk.times[state.step])}`);
-    }
-    for (const p of plots) p.draw(state, h);
-    const asked = h === null ? "Point at a place of the chunk." : `Marked: step ${h}, what ${look.sequence.title(look.token)} becomes.`;
-    told.textContent = `${horizon} steps, ${state.unit === "robot" ? "robot units" : "normalised"}. ${asked}`;
-  };
-  return { node, draw };
-}
-
-function plot(name, dimension, horizon, chunk, act) {
-  const { width, height, left, right, top, bottom } = PLOT;
-  const svg = el("svg", { viewBox: `0 0 ${width} ${height}`, role: "img" });
-  const number = el("span", { class: "number" });
-  const ends = el("span", { class: "ends" });
-  const head = el("div", { class: "head" }, el("b", {}, name), number);
-  const x = (h) => left + ((width - left - right) * h) / Math.max(horizon - 1, 1);
-  pointed(
-    svg,
-    (event) => {
-      const box = svg.getBoundingClientRect();
-      const along = ((event.clientX - box.left) / box.width) * width;
-      return act.tokenOfStep(clamp(Math.round(((along - left) / (width - left - right)) * (horizon - 1)), 0, horizon - 1));
-    },
-    act,
-  );
-  const draw = (state, h) => {
-    const steps = chunk.units[state.unit].map((step) => step.map((action) => action[dimension]));
-    const all = steps.flat().filter((v) => v !== null);
-    const [low, high] = [Math.min(...all), Math.max(...all)];
-    const y = (v) => height - bottom - ((height - top - bottom) * ((v ?? low) - low)) / (high - low || 1);
-    const line = (values) => `M${values.map((v, i) => `${x(i).toFixed(1)} ${y(v).toFixed(1)}`).join("L")}`;
-    const now = steps[state.step];
-    const parts = [];
-    if (low < 0 && high > 0) parts.push(el("path", { class: "zero", d: `M${left} ${y(0)}H${width - right}` }));
-    if (steps.length > 1) parts.push(el("path", { class: "result", d: line(steps[steps.length - 1]) }));
-    parts.push(el("path", { class: "now", d: line(now) }));
-    now.forEach((v, i) => horizon <= 64 && parts.push(el("circle", { class: "dot", cx: x(i), cy: y(v), r: 1.7 })));
-    if (h !== null) {
-      parts.push(el("path", { class: "mark", d: `M${x(h)} 0V${height}` }));
-      parts.push(el("circle", { class: "mark", cx: x(h), cy: y(now[h]), r: 4 }));
-    }
-    svg.replaceChildren(...parts);
-    number.textContent = h === null ? "" : short(now[h]);
-    ends.textContent = `${short(low)} to ${short(high)}`;
-    const at = h === null ? "" : `, ${short(now[h])} at step ${h}`;
-    svg.setAttribute("aria-label", `${name} over ${horizon} steps, from ${short(low)} to ${short(high)}${at}`);
-  };
-  return { node: el("div", { class: "plot" }, head, svg, ends), draw };
-}
-
 // -- the whole --------------------------------------------------------------------------------------------
 
 function build(data) {
@@ -720,12 +644,17 @@ function build(data) {
     layer: new Map(),
     unit: data.chunk?.units.robot ? "robot" : "normalised",
     step: data.chunk ? data.chunk.units.normalised.length - 1 : 0,
+    mark: data.chunk?.returned?.[0] ?? 0, // a step of the chunk, where no token stands for it
+    hoveredMark: null,
+    point: null, // a keypoint
+    hoveredPoint: null,
   };
   let panels = [];
+  const settle = () => steady(panels.filter((part) => !part.node.matches(".ribbon")).map((part) => part.node));
   const draw = () => {
     const look = lookOf(state, data);
     for (const part of panels) part.draw(look);
-    steady(panels.slice(1).map((part) => part.node));
+    settle();
   };
   const change = (values) => {
     if (Object.entries(values).every(([name, value]) => state[name] === value)) return;
@@ -733,35 +662,44 @@ function build(data) {
     draw();
   };
   const act = actions(data, state, sequences, change);
-  const ribbon = el("div", {});
-  const body = el("div", { class: "body" });
-  const words = wordsPanel(act);
-  const attention = attentionPanel(data, act);
-  const chunk = chunkPanel(data, state, act);
-  const open = (sequence) => {
-    const cells = ribbonPanel(sequence, data, act);
-    const pictures = picturesPanel(sequence, data, act);
-    const mask = maskPanel(sequence, data, act);
-    const shares = sequence.sites.length ? attention : null;
-    panels = [cells, words, pictures, shares, mask, sequence === sequences[0] ? chunk : null].filter(Boolean);
-    ribbon.replaceChildren(cells.node, legend(sequence));
-    body.replaceChildren(...panels.slice(2).map((part) => part.node));
-  };
   const card = el("section", { class: "card", "aria-label": data.title }, el("h2", {}, data.title));
-  if (sequences.length > 1) card.append(sequenceChoice(sequences, (i) => {
-    Object.assign(state, { sequence: sequences[i], kept: i ? 0 : data.start, hovered: null });
-    open(sequences[i]);
-    draw();
-  }));
-  card.append(ribbon, words.node, body, notes(data));
-  open(sequences[0]);
+  const body = el("div", { class: "body" });
+  const attention = attentionPanel(data, act);
+  const scene = scenePanels(data, state, act);
+  const show = (parts) => {
+    panels = parts.filter(Boolean);
+    body.replaceChildren(...panels.map((part) => part.node).filter((node) => !node.matches(".ribbon, .words")));
+  };
+  if (sequences.length) {
+    const ribbon = el("div", {});
+    const words = wordsPanel(act);
+    const open = (sequence) => {
+      const cells = ribbonPanel(sequence, data, act);
+      ribbon.replaceChildren(cells.node, legend(sequence));
+      const shares = sequence.sites.length ? attention : null;
+      const own = sequence === sequences[0] ? scene : {};
+      const mask = maskPanel(sequence, data, act);
+      const pictures = picturesPanel(sequence, data, act);
+      show([cells, words, pictures, own.views, shares, mask, own.chunk, own.codes, own.condition]);
+    };
+    if (sequences.length > 1) card.append(sequenceChoice(sequences, (i) => {
+      Object.assign(state, { sequence: sequences[i], kept: i ? 0 : data.start, hovered: null });
+      open(sequences[i]);
+      draw();
+    }));
+    card.append(ribbon, words.node);
+    open(sequences[0]);
+  } else {
+    show([scene.views, scene.chunk, scene.condition]);
+  }
+  card.append(body, notes(data));
   draw();
   let width = 0;
   new ResizeObserver(() => {
     if (card.clientWidth === width) return;
     width = card.clientWidth;
     for (const part of panels) part.node.style.minHeight = "";
-    steady(panels.slice(1).map((part) => part.node));
+    settle();
   }).observe(card);
   return card;
 }
@@ -775,8 +713,9 @@ function steady(nodes) {
 
 // What panels may do; each change is drawn at once.
 function actions(data, state, sequences, change) {
+  const [main] = sequences;
   const steps = data.chunk ? data.chunk.units.normalised[0].length : 0;
-  const asking = sequences[0].segments.filter((s) => ["query", "action"].includes(s.kind) && s.length === steps).pop();
+  const asking = main?.segments.filter((s) => ["query", "action"].includes(s.kind) && s.length === steps).pop();
   return {
     hover: (token) => change({ hovered: token }),
     keep: (token) => change({ kept: token, hovered: null }),
@@ -791,8 +730,19 @@ function actions(data, state, sequences, change) {
     },
     unit: (unit) => change({ unit }),
     sampler: (step) => change({ step }),
-    actionStep: ({ sequence, token }) => (asking && sequence.segmentOf[token] === asking ? token - asking.start : null),
-    tokenOfStep: (h) => (asking && state.sequence === sequences[0] ? asking.start + h : null),
+    asking,
+    // A step of the chunk: the token that becomes it, or a mark of its own.
+    actionStep: ({ sequence, token }) => {
+      if (!asking) return state.hoveredMark ?? state.mark;
+      return sequence.segmentOf[token] === asking ? token - asking.start : null;
+    },
+    hoverStep: (h) => change(asking ? { hovered: h === null ? null : asking.start + h } : { hoveredMark: h }),
+    keepStep: (h) => change(asking ? { kept: asking.start + h, hovered: null } : { mark: h, hoveredMark: null }),
+    // A place in a picture: a keypoint, and the token that the picture became.
+    hoverPlace: (place) => change({ hoveredPoint: place?.point ?? null, hovered: place?.token ?? null }),
+    keepPlace: ({ point, token }) => change({ point, hoveredPoint: null, hovered: null, kept: token ?? state.kept }),
+    keepPoint: (point) => change({ point, hoveredPoint: null }),
+    point: () => state.hoveredPoint ?? state.point,
   };
 }
 
@@ -813,9 +763,10 @@ function legend(sequence) {
 
 function notes(data) {
   const list = data.left_out.map((said) => el("li", {}, said));
-  const keys =
-    "Hover to look, click or tap to keep. Keys: arrows move, Home and End go to the ends of a segment, " +
-    "Page Up and Page Down to the next segment. Counts start at 0. Weights are stored in 255 steps.";
+  const tokens =
+    " Keys: arrows move, Home and End go to the ends of a segment, Page Up and Page Down to the next segment." +
+    " Weights are stored in 255 steps.";
+  const keys = `Hover to look, click or tap to keep.${data.sequences.length ? tokens : ""} Counts start at 0.`;
   const node = el("footer", {}, el("p", {}, keys));
   if (list.length) node.prepend(el("p", { class: "left-out" }, "Left out, to keep the page small:"), el("ul", {}, ...list));
   return node;

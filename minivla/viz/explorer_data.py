@@ -9,35 +9,36 @@ row of a thousand tokens needs: most of its sum may lie in weights a hundredth o
 from __future__ import annotations
 
 import base64
-import io
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from minivla.recorder import Call
 from minivla.segments import Segment, arrange
+from minivla.viz import explorer_scene
+from minivla.viz.explorer_scene import Encoders, Robot
 from minivla.viz.layout import check_segments
 from minivla.viz.masks import check_mask
-from minivla.viz.pictures import as_array, as_picture
+from minivla.viz.pictures import as_array
 
-Robot = Callable[[Any], Any]
+MAIN = "main sequence"
 
 
 @dataclass(frozen=True)
 class Plan:
     """How much of a call is embedded.
 
+    steps     how many points of a sampler's path, evenly spaced; None for all
     heads     every head, or only the mean of each layer's
     layers    how many layers of each kind ("encoder.*"), evenly spaced; None for all
     patches   image patches as queries too; without them they are still looked at
     side      the longer side of a camera picture, in pixels, at most
     """
 
+    steps: int | None = None
     heads: bool = True
     layers: int | None = None
     patches: bool = True
@@ -45,11 +46,11 @@ class Plan:
 
 
 PLANS = (
-    Plan(),
-    *(Plan(heads=False, layers=layers) for layers in (None, 6, 3, 1)),
-    Plan(patches=False),
-    *(Plan(heads=False, layers=layers, patches=False) for layers in (None, 6, 3, 1)),
-    *(Plan(heads=False, layers=1, patches=False, side=side) for side in (112, 56)),
+    *(Plan(steps) for steps in (None, 51, 21)),
+    *(Plan(21, heads=False, layers=layers) for layers in (None, 6, 3, 1)),
+    Plan(21, patches=False),
+    *(Plan(21, heads=False, layers=layers, patches=False) for layers in (None, 6, 3, 1)),
+    *(Plan(steps, heads=False, layers=1, patches=False, side=side) for steps, side in ((11, 112), (3, 56))),
 )
 """From everything to the least that is still worth a page; the first that fits is taken."""
 
@@ -70,12 +71,32 @@ class Stretch:
 def stretches(call: Call, sample: int) -> list[Stretch]:
     """The main sequence of a call first, then the ones that sites outside of it have (ACT's VAE encoder).
 
-    Raises ValueError when the call describes no sequence, or when masks and attention do not fit theirs.
+    None of a call without tokens that has something else to show. Raises ValueError when it has not, or
+    when masks and attention do not fit their sequence.
     """
+    found = _main(call)
+    for site in call.sites:
+        queries, keys = _check_site(call, site)
+        own = found[0] if found else None
+        at = (None, None) if own is None else (places(queries, own.segments), places(keys, own.segments))
+        if at[0] is None or at[1] is None:
+            own = _other(found, site, queries, keys)
+            at = places(queries, own.segments), places(keys, own.segments)
+        assert own is not None and at[0] is not None and at[1] is not None
+        own.sites[site] = at[0], at[1]
+    _open_masks(call, sample, found)
+    return found
+
+
+def _main(call: Call) -> list[Stretch]:
+    """The main sequence, in a list that is empty when the call describes none."""
+    if not call.segments and call.mask is None and (call.sites or explorer_scene.has_scene(call)):
+        return []
     if not call.segments or call.mask is None:
         raise ValueError(
             f"this call of {call.method} describes no token sequence (segments: {len(call.segments)}, "
-            f"mask: {'none' if call.mask is None else 'there'}); explore a call of a policy that does"
+            f"mask: {'none' if call.mask is None else 'there'}), or has neither chunk, flow nor keypoints; "
+            "explore a call of a policy that does"
         )
     segments, mask = check_segments(call.segments), check_mask(call.mask)
     length = segments[-1].stop
@@ -85,20 +106,7 @@ def stretches(call: Call, sample: int) -> list[Stretch]:
             f"the mask has shape {mask.shape}, the segments ({told}) add up to {length}; "
             f"expected a mask of {length} × {length}"
         )
-    main = Stretch("main sequence", segments, mask.copy())
-    found = [main]
-    for site in call.sites:
-        queries, keys = _check_site(call, site)
-        at = places(queries, segments), places(keys, segments)
-        if at[0] is None or at[1] is None:
-            own = _other(found, site, queries, keys)
-            at = places(queries, own.segments), places(keys, own.segments)
-        else:
-            own = main
-        assert at[0] is not None and at[1] is not None
-        own.sites[site] = at[0], at[1]
-    _open_masks(call, sample, found)
-    return found
+    return [Stretch(MAIN, segments, mask.copy())]
 
 
 def _open_masks(call: Call, sample: int, found: Sequence[Stretch]) -> None:
@@ -106,8 +114,8 @@ def _open_masks(call: Call, sample: int, found: Sequence[Stretch]) -> None:
 
     The mask that a policy describes is sample 0's; padding may differ in others.
     """
-    for i, stretch in enumerate(found):
-        if i == 0 and sample == 0:
+    for stretch in found:
+        if stretch.name == MAIN and sample == 0:
             continue
         seen = {site: as_array(call.masks[site][sample]) for site in stretch.sites if site in call.masks}
         for told, seen_at in ((False, seen), (True, seen)):
@@ -121,7 +129,7 @@ def _open_masks(call: Call, sample: int, found: Sequence[Stretch]) -> None:
 def _other(found: list[Stretch], site: str, queries: Sequence[Segment], keys: Sequence[Segment]) -> Stretch:
     """The side sequence a site belongs to: its keys, then its queries where they are other tokens."""
     own = [*keys, *(s for s in queries if places([s], keys) is None)]
-    for stretch in found[1:]:
+    for stretch in found:
         if [_kin(s) for s in stretch.segments] == [_kin(s) for s in own]:
             return stretch
     segments = arrange(own)
@@ -165,6 +173,7 @@ def _check_site(call: Call, site: str) -> tuple[list[Segment], list[Segment]]:
 def check_sample(call: Call, sample: int) -> None:
     """Raises ValueError when the call holds no such sample."""
     kept = [*call.masks.values(), *call.attention.values(), *([] if call.chunk is None else [call.chunk])]
+    kept += [call.hidden[explorer_scene.POINTS + key] for key in explorer_scene.seen_cameras(call)]
     sizes = {len(value) for value in kept} | ({call.flow.x.shape[1]} if call.flow else set())
     size = min(sizes, default=1)
     if not 0 <= sample < size:
@@ -172,17 +181,47 @@ def check_sample(call: Call, sample: int) -> None:
 
 
 def payload(
-    call: Call, found: Sequence[Stretch], plan: Plan, *, sample: int, robot: Robot | None, names: Any
+    call: Call,
+    found: Sequence[Stretch],
+    plan: Plan,
+    *,
+    sample: int,
+    robot: Robot | None,
+    names: Any,
+    encoders: Encoders | None = None,
 ) -> dict[str, Any]:
     """All that the page shows, as JSON holds it."""
-    kept = kept_sites(found, call, plan)
+    kept, main = kept_sites(found, call, plan), main_segments(found)
+    scene: dict[str, Any] = {"sample": sample, "robot": robot}
     return {
         "method": call.method,
-        "task": _task(call.batch, sample),
+        "task": explorer_scene.instruction(call.batch, sample),
         "sequences": [_sequence(stretch, kept, call, plan, sample) for stretch in found],
-        "images": _images(call.batch, found, sample, plan.side),
-        "chunk": chunk_steps(call, sample=sample, robot=robot, names=names),
+        "images": explorer_scene.images(call.batch, _patched(call, found), sample, plan.side),
+        "chunk": explorer_scene.chunk_steps(call, **scene, names=names, most=plan.steps),
+        "answers": explorer_scene.answers(call, main, **scene),
+        "views": explorer_scene.views(call, main, sample=sample, side=plan.side, encoders=encoders),
+        "condition": explorer_scene.condition(call, sample),
+        "asked": _asked(call) if kept else None,
     }
+
+
+def main_segments(found: Sequence[Stretch]) -> list[Segment]:
+    """The segments of the main sequence; none of a call without tokens."""
+    return found[0].segments if found and found[0].name == MAIN else []
+
+
+def _patched(call: Call, found: Sequence[Stretch]) -> list[str]:
+    """Cameras whose patches are tokens."""
+    wanted = {s.image for stretch in found for s in stretch.segments if s.grid and s.image in call.batch}
+    return [key for key in wanted if key]
+
+
+def _asked(call: Call) -> str | None:
+    """Which of a sampler's many calls of the network the attention is from: a call keeps the last."""
+    if call.flow is None or len(call.flow.v) < 2:
+        return None
+    return f"Of the sampler's {len(call.flow.v)} steps this is the last, at time {call.flow.times[-2]:.4g}."
 
 
 def kept_sites(found: Sequence[Stretch], call: Call, plan: Plan) -> list[str]:
@@ -213,6 +252,9 @@ def embedded_bytes(found: Sequence[Stretch], call: Call, plan: Plan) -> int:
 def left_out(found: Sequence[Stretch], call: Call, plan: Plan) -> list[str]:
     """What a plan leaves out of this call, one sentence each, for the page to say."""
     said = []
+    steps, of = (len(explorer_scene.sampler_steps(call, most)) for most in (plan.steps, None))
+    if steps < of:
+        said.append(f"Sampler: {steps} of {of} points of its path are here, evenly spread.")
     sites = kept_sites(found, call, Plan())
     kept = kept_sites(found, call, plan)
     if not plan.heads and any(call.attention[site].shape[1] > 1 for site in kept):
@@ -222,7 +264,7 @@ def left_out(found: Sequence[Stretch], call: Call, plan: Plan) -> list[str]:
     grids = any(s.grid for stretch in found for s in stretch.segments)
     if not plan.patches and grids and sites:
         said.append("Image patches: who looks at them is here, what they look at is not.")
-    if plan.side < PLANS[0].side and _images(call.batch, found, 0, 1):
+    if plan.side < PLANS[0].side and (_patched(call, found) or explorer_scene.seen_cameras(call)):
         said.append(f"Pictures: at most {plan.side} pixels wide.")
     return said
 
@@ -286,87 +328,6 @@ def weights_of(quantised: np.ndarray) -> np.ndarray:
     return squares / np.maximum(squares.sum(axis=-1, keepdims=True), 1)
 
 
-def chunk_steps(call: Call, *, sample: int, robot: Robot | None, names: Any) -> dict[str, Any] | None:
-    """The chunk at every step of the sampler, (steps, H, A) in normalised and in robot units; None without
-    one.
-
-    A sampler that runs on more dimensions than the chunk has (π pads its actions) is cut to the chunk's.
-    """
-    times = None
-    if call.flow is not None:
-        across = call.flow.x.shape[-1] if call.chunk is None else call.chunk.shape[-1]
-        moving, times = call.flow.x[:, sample, :, :across], [_rounded(t) for t in as_array(call.flow.times)]
-        if len(times) != len(moving):
-            raise ValueError(
-                f"the flow has {len(times)} times and {len(moving)} points; expected as many (N + 1)"
-            )
-    elif call.chunk is not None:
-        moving = call.chunk[sample : sample + 1]
-    else:
-        return None
-    size = moving.shape[-1]
-    if names is not None and len(names) != size:
-        raise ValueError(
-            f"names has {len(names)} entries ({', '.join(map(str, names))}), the chunk {size} dimensions; "
-            "give one for each"
-        )
-    units = {"normalised": as_array(moving)}
-    if robot is not None:
-        units["robot"] = np.stack([as_array(robot(step[None]))[0] for step in moving])
-        if units["robot"].shape != tuple(moving.shape):
-            raise ValueError(
-                f"robot turned a chunk of shape {tuple(moving.shape[1:])} into {units['robot'].shape[1:]}; "
-                "expected the same shape, as policy.postprocess gives"
-            )
-    return {
-        "names": [str(name) for name in names] if names is not None else [f"action {i}" for i in range(size)],
-        "times": times,
-        "units": {unit: [[[_rounded(v) for v in a] for a in s] for s in x] for unit, x in units.items()},
-    }
-
-
-def _images(
-    batch: Mapping[str, Any], found: Sequence[Stretch], sample: int, side: int
-) -> dict[str, dict[str, Any]]:
-    """The pictures that segments with a grid are patches of, newest of a history, stretched for display."""
-    wanted = {s.image for stretch in found for s in stretch.segments if s.grid and s.image in batch}
-    images = {}
-    for key in sorted(key for key in wanted if key):
-        stack = batch[key]
-        picture = as_picture(stack[sample, -1] if stack.ndim == 5 else stack[sample], rescale=True)
-        image = Image.fromarray(np.round(picture * 255).astype(np.uint8))
-        small = min(1.0, side / max(image.size))
-        if small < 1:
-            image = image.resize(
-                (max(1, round(image.width * small)), max(1, round(image.height * small))),
-                Image.Resampling.LANCZOS,
-            )
-        images[key] = {"width": image.width, "height": image.height, "source": _shortest(image)}
-    return images
-
-
-def _shortest(image: Image.Image) -> str:
-    """A data address of the picture: PNG, or JPEG where that is much shorter."""
-    png, jpeg = io.BytesIO(), io.BytesIO()
-    image.save(png, "PNG", optimize=True)
-    image.save(jpeg, "JPEG", quality=85, optimize=True)
-    kind, data = (
-        ("png", png.getvalue())
-        if len(png.getvalue()) < max(12_000, 1.5 * len(jpeg.getvalue()))
-        else ("jpeg", jpeg.getvalue())
-    )
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
-
-
-def _task(batch: Mapping[str, Any], sample: int) -> str | None:
-    """The instruction of one sample, if the batch holds one in words."""
-    task = batch.get("task")
-    if isinstance(task, str):
-        return task
-    found = task[sample] if isinstance(task, (list, tuple)) and sample < len(task) else None
-    return found if isinstance(found, str) else None
-
-
 def _ranges(positions: np.ndarray) -> list[list[int]]:
     """Positions as [start, length] of their unbroken runs."""
     breaks = np.flatnonzero(np.diff(positions) != 1) + 1
@@ -375,8 +336,3 @@ def _ranges(positions: np.ndarray) -> list[list[int]]:
 
 def _text(array: np.ndarray) -> str:
     return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode("ascii")
-
-
-def _rounded(value: Any) -> float | None:
-    """Four significant digits; None for what JSON cannot hold."""
-    return float(f"{float(value):.4g}") if math.isfinite(value) else None

@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from minivla.actions.diffusion import PREDICTIONS
 from minivla.recorder import Flow
 from minivla.viz import palette
 from minivla.viz.pictures import as_array, finite, gaps
@@ -28,6 +29,11 @@ NOISE, ACTION = palette.MUTED, palette.KIND_COLOURS["action"]
 GRID = 15  # arrows of a field along each side
 COMPANIONS = 48  # other samples of the batch, at most
 SMALL = palette.FONT - 1
+ARROWS = {  # what points the way the sampler goes, where the network does not predict a velocity
+    PREDICTIONS["epsilon"]: "against the predicted noise",
+    PREDICTIONS["sample"]: "to the predicted action",
+    PREDICTIONS["v_prediction"]: "against the predicted v",
+}
 
 
 def plot_flow(
@@ -57,22 +63,22 @@ def plot_flow(
     """
     times, x, v = check_flow(flow, sample, dimensions, step)
     quantity = quantity or str(getattr(flow, "quantity", "velocity"))
-    moment = float(times[len(times) // 2]) if time is None else time
+    shown = float(times[len(times) // 2]) if time is None else time
     with palette.style():
         own = ax is None
         figure, axes = _sheet(ax)
-        plane, pushes = x[..., dimensions], v[..., dimensions] * np.sign(times[-1] - times[0])
+        plane, pushes = x[..., dimensions], towards_action(times, x, v, quantity)[..., dimensions]
         if step is None:
             _draw_scribbles(axes[0], plane[:, sample], times)
         else:
             frame_square(axes[0], plane[:, :, step])
             if field is None:
                 _draw_arrows(axes[0], plane[:-1, :, step], pushes[:, :, step], sample)
-                told = f"arrows: recorded {quantity}"
+                told = f"arrows: {ARROWS.get(quantity, f'recorded {quantity}')}"
             else:
-                vectors = draw_field(axes[0], field, moment) if callable(field) else _stored(axes[0], field)
+                vectors = draw_field(axes[0], field, shown) if callable(field) else _stored(axes[0], field)
                 vectors.set_gid("field")
-                told = f"arrows: {quantity}" + (f" at time {clock(moment)}" if callable(field) else "")
+                told = f"arrows: {quantity}" + (f" at {moment(shown)}" if callable(field) else "")
             draw_paths(axes[0], plane[:, :, step], sample, times)
             axes[0].text(0, 1.01, told, transform=axes[0].transAxes, fontsize=SMALL, color=palette.MUTED)
         _name_plane(axes[0], dimensions, step)
@@ -128,28 +134,35 @@ def plot_denoising(
     dimension: int = 0,
     sample: int = 0,
     moments: int = 6,
+    robot: Callable[[torch.Tensor], Any] | None = None,
     name: str | None = None,
+    unit: str | None = None,
     title: str | None = None,
 ) -> Figure:
     """One dimension of the chunk at several moments of the sampler, side by side, from noise to result.
 
-    moments   how many panels, evenly spread over the sampler's steps, both ends among them
+    moments      how many panels, evenly spread over the sampler's steps, both ends among them
+    robot        normalised actions (…, A) to robot units, in which the chunk is then drawn (a policy's
+                 `postprocess`)
+    name, unit   of the dimension
 
     The result is dashed in every panel, other samples of the batch are faint. Raises ValueError as
     `plot_flow` does.
     """
     times, x, _ = check_flow(flow, sample, (dimension, dimension))
+    drawn = x if robot is None else as_array(robot(torch.as_tensor(x, dtype=torch.float32)))
     chosen = spread_over(len(times), moments)
     rows = -(-len(chosen) // 6)
     with palette.style():
         figure = palette.sheet(0.75 + 1.35 * rows)
         axes = figure.subplots(rows, -(-len(chosen) // rows), sharex=True, sharey=True, squeeze=False)
         for ax, k in zip(axes.flat, chosen, strict=False):
-            _draw_moment(ax, x[..., dimension], k, sample)
-            ax.set_title(f"step {k}, time {clock(times[k])}", fontsize=SMALL, fontweight="normal", pad=3)
+            _draw_moment(ax, drawn[..., dimension], k, sample)
+            ax.set_title(f"step {k}, {moment(times[k])}", fontsize=SMALL, fontweight="normal", pad=3)
         for ax in axes.flat[len(chosen) :]:
             ax.set_axis_off()
-        axes[0, 0].set_ylabel(f"{f'action {dimension}' if name is None else name}\n(normalised)")
+        unit = unit or ("normalised" if robot is None else "robot units")
+        axes[0, 0].set_ylabel(f"{f'action {dimension}' if name is None else name}\n({unit})")
         figure.supxlabel("step of the chunk (dashed: the result)", fontsize=palette.FONT)
         palette.headline(figure, flow_title(x, sample) if title is None else title)
     return figure
@@ -198,6 +211,11 @@ def clock(time: float) -> str:
     return f"{time:.0f}" if abs(time) >= 10 or float(time).is_integer() else f"{time:.2g}"
 
 
+def moment(time: float) -> str:
+    """A moment of the sampler in words; -1 is where diffusion ends, after its last timestep."""
+    return f"time {clock(time)}" if time >= 0 else "no noise left"
+
+
 def draw_paths(ax: Axes, paths: np.ndarray, sample: int, times: np.ndarray, *, named: bool = True) -> None:
     """Paths (k + 1, B, 2) with grey starts and vermilion ends; one strong, the rest of the batch faint."""
     others = [i for i in range(paths.shape[1]) if i != sample][:COMPANIONS]
@@ -211,7 +229,7 @@ def draw_paths(ax: Axes, paths: np.ndarray, sample: int, times: np.ndarray, *, n
     for end, colour, name in ((0, NOISE, "noise"), (-1, ACTION, "action")):
         ax.plot(*path[end], "o", color=colour, markersize=8, markeredgecolor="white", gid=name, zorder=4)
         if named and np.isfinite(path[end]).all():
-            text, above = f"{name}, time {clock(times[end])}", bool(path[end, 1] >= path[:, 1].mean())
+            text, above = f"{name}, {moment(times[end])}", bool(path[end, 1] >= path[:, 1].mean())
             _name_end(ax, path[end], text, colour, above=above)
 
 
@@ -220,7 +238,14 @@ def draw_field(ax: Axes, field: Callable[[torch.Tensor, float], Any], time: floa
     across, up = (np.linspace(*limits, GRID + 2)[1:-1] for limits in (ax.get_xlim(), ax.get_ylim()))
     points = np.stack(np.meshgrid(across, up), axis=-1).reshape(-1, 2)
     vectors = as_array(field(torch.as_tensor(points, dtype=torch.float32), time))
-    return _quiver(ax, points, vectors, ax.get_xlim()[1] - ax.get_xlim()[0])
+    return quiver(ax, points, vectors, ax.get_xlim()[1] - ax.get_xlim()[0])
+
+
+def towards_action(times: np.ndarray, x: np.ndarray, v: np.ndarray, quantity: str) -> np.ndarray:
+    """What is recorded as vectors (N, B, H, A) that point the way the sampler goes: along a velocity,
+    against predicted noise, and from x to a predicted action, which is a place.
+    """
+    return v - x[:-1] if quantity == PREDICTIONS["sample"] else v * np.sign(times[-1] - times[0])
 
 
 def spread_over(length: int, most: int) -> list[int]:
@@ -261,7 +286,7 @@ def _draw_scribbles(ax: Axes, chunks: np.ndarray, times: np.ndarray) -> None:
         colour = palette.blend(palette.HATCH_INK, ACTION, share)
         last = k == moments[-1]
         ax.plot(*chunks[k].T, color=colour, linewidth=2 if last else 0.9, gid=f"chunk {k}", zorder=2 + share)
-    told = ((f"noise, time {clock(times[0])}", NOISE), (f"action, time {clock(times[-1])}", ACTION))
+    told = ((f"noise, {moment(times[0])}", NOISE), (f"action, {moment(times[-1])}", ACTION))
     for line, (text, ink) in enumerate(told):
         palette.say(ax, line, text, ink, left=True)
 
@@ -280,15 +305,15 @@ def _draw_arrows(ax: Axes, points: np.ndarray, vectors: np.ndarray, sample: int)
     """The recorded vectors (N, B, 2) where they were recorded, on the paths that are drawn."""
     shown = [sample, *(i for i in range(points.shape[1]) if i != sample)][: COMPANIONS + 1]
     side = ax.get_xlim()[1] - ax.get_xlim()[0]
-    _quiver(ax, points[:, shown].reshape(-1, 2), vectors[:, shown].reshape(-1, 2), side).set_gid("v")
+    quiver(ax, points[:, shown].reshape(-1, 2), vectors[:, shown].reshape(-1, 2), side).set_gid("v")
 
 
 def _stored(ax: Axes, field: tuple[Any, Any]) -> Any:
     points, vectors = (as_array(value).reshape(-1, 2) for value in field)
-    return _quiver(ax, points, vectors, ax.get_xlim()[1] - ax.get_xlim()[0])
+    return quiver(ax, points, vectors, ax.get_xlim()[1] - ax.get_xlim()[0])
 
 
-def _quiver(ax: Axes, points: np.ndarray, vectors: np.ndarray, side: float) -> Any:
+def quiver(ax: Axes, points: np.ndarray, vectors: np.ndarray, side: float) -> Any:
     """Arrows as long as their vectors, the longest a little more than the distance between two of a grid."""
     if vectors.shape != points.shape:
         raise ValueError(
@@ -320,7 +345,7 @@ def _draw_convergence(
     ax.stairs(speed[:, sample], steps, baseline=None, color=palette.INK, linewidth=1.3, gid="speed")
     most = max(finite(distance).max(initial=0), finite(speed[:, sample]).max(initial=0))
     ax.set(xlim=(-0.2, len(x) - 0.8), ylim=(0, 1.35 * most if most else 1))
-    ax.set_xlabel(f"sampler step (time {clock(times[0])} → {clock(times[-1])})")
+    ax.set_xlabel(f"sampler step ({moment(times[0])} → {moment(times[-1]).removeprefix('time ')})")
     ax.set_ylabel("root mean square over the chunk")
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     told = (("distance to the result", ACTION), (f"size of the {quantity}", palette.INK))

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
+from minivla.checkpoints import load
 from minivla.checkpoints.hub import CHECKPOINTS
 from minivla.files import atomic_write
 from minivla.policies.base import Policy
+from minivla.segments import camera_names
 from minivla.training import Evaluation, train
 from minivla.world import demonstrations
 from minivla.zoo.measuring import UNSEEN, measure, sides
@@ -35,8 +37,9 @@ def cook(
     torch.manual_seed(0)
     options = dict(recipe.training) | ({"steps": steps} if steps else {})
     output = runs / name
+    start = [load(target / recipe.start)] if recipe.start else []
     result = train(
-        recipe.make(dataset),
+        recipe.make(dataset, *start),
         dataset,
         output=output,
         resume=output.exists(),
@@ -63,20 +66,21 @@ def card(
     """
     parameters = sum(p.numel() for p in policy.parameters())
     tasks = ", ".join(f"`{task}`" for task in recipe.tasks)
+    views = "camera" if len(policy.config.image_features) == 1 else "cameras"
+    cameras = " and ".join(camera_names(policy.config.image_features).values())
     rows = {
         "policy": f"{policy.name}, {parameters / 1e6:.2f} M parameters, stored in float16",
-        "task": f"Tabletop {tasks}, cartesian gripper, cameras table and wrist, 64 × 64",
+        "task": f"Tabletop {tasks}, cartesian gripper, {views} {cameras}, 64 × 64",
         "demonstrations": f"{recipe.episodes} episodes, data seed {recipe.data_seed}, noise {recipe.noise}",
         "training": ", ".join(f"{k} {v}" for k, v in options.items()),
-        "time to train": f"{minutes:.0f} minutes, {torch.get_num_threads()} CPU threads",
+        **({"begun with": f"the encoders of {recipe.start}, trained before"} if recipe.start else {}),
+        "time to train": f"{minutes:.0f} minutes, CPU threads: {torch.get_num_threads()}",
         **measured,
         "measured": f"95 % Wilson interval, unseen seeds from {UNSEEN:,} on",
         "clipped": CLIPPED,
-        "aim": f"{recipe.aim:.0%}",
+        "aim": f"{recipe.aim:.0%}" + "".join(f", missed on {task}" for task in recipe.missed),
         "again": f"`make zoo NAME={recipe.name}`; only measured: add `ARGS=--measure`",
         "licence": "Apache-2.0",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return (
-        f"# {recipe.name}\n\nTrained from scratch by `minivla/zoo/recipes.py`.\n\n| | |\n|---|---|\n{table}\n"
-    )
+    return f"# {recipe.name}\n\nTrained by `minivla/zoo/recipes.py`.\n\n| | |\n|---|---|\n{table}\n"

@@ -103,7 +103,7 @@ def _no_offsets(policy: Any) -> None:
 @torch.no_grad()
 def _first_level_only(policy: Any) -> None:
     _no_offsets(policy)
-    for quantizer in policy.vqvae.vq_layer.layers[1:]:
+    for quantizer in policy.vqvae.vq_layer.levels[1:]:
         quantizer.embed.zero_()
 
 

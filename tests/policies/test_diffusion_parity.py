@@ -242,16 +242,20 @@ def test_a_flipped_sign_turns_its_block_red(tensor, block):
 
 def test_every_tensor_matters():
     """A tensor that changes nothing could be wrong unnoticed: each one moves the loss, but for those said to
-    be inert, and the counts of batches.
+    be inert, and the counts of batches. A gradient shows it; what gets none is changed.
     """
     case = Case("small", environment=True, settings={"crop_shape": (40, 40)})
     ours = make_ours(case, make_theirs(case)).double().eval()  # so that running statistics matter
     batch = {k: v[:1].double() if v.is_floating_point() else v[:1] for k, v in make_batch(case).items()}
     noise, time = NOISE[:1].double(), TIME[1:2]
+    before = ours(batch, noise=noise, time=time)[0]
+    before.backward()
+    shown = {name for name, p in ours.named_parameters() if p.grad is not None and p.grad.abs().max() > 1e-9}
+    assert len(shown) > 0.8 * len(list(ours.parameters()))
+    assert not shown & set(ours.inert)
     with torch.no_grad():
-        before = ours(batch, noise=noise, time=time)[0]
         for name, tensor in ours.state_dict().items():
-            if not tensor.is_floating_point():
+            if name in shown or not tensor.is_floating_point():
                 continue
             old = tensor.clone()
             tensor.add_(torch.rand(tensor.shape, generator=torch.Generator().manual_seed(3)) * 0.3)

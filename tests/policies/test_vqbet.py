@@ -277,7 +277,34 @@ def with_features(more: dict[str, PolicyFeature]) -> VQBeTConfig:
 def test_bad_batches_are_refused():
     policy = vqbet(finished=True)
     short = {k: v[:, 1:] if k.startswith("observation") else v for k, v in batch(policy).items()}
-    with pytest.raises(ValueError, match=r"shape \(2, 2, 3\), expected \(B, 3, S\): n_obs_steps is 3"):
+    with pytest.raises(ValueError, match=r"expected \(B, 3, \*\(3, 32, 32\)\), a history of n_obs_steps = 3"):
         policy.predict_action_chunk(short)
     with pytest.raises(ValueError, match="has 5 actions a sample, expected 7"):
         policy(batch(policy) | {"action": torch.zeros(2, 5, 2)})
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_teaching_codes_learns_the_offsets_of_the_demonstration(one_by_one):
+    """Only offsets of demonstrated codes get a gradient; with upstream's rule, only those of drawn ones."""
+    for teach in (True, False):
+        policy = vqbet(sequentially_select=one_by_one, teach_codes=teach, finished=True)
+        given = batch(policy)
+        loss, _ = policy(given, generator=torch.Generator().manual_seed(0))
+        loss.backward()
+        with torch.no_grad():
+            chunks = given["action"].unfold(1, policy.config.action_chunk_size, 1).transpose(2, 3)
+            shown = policy.vqvae.encode(chunks)
+            drawn = policy.predict(given, generator=torch.Generator().manual_seed(0)).codes
+            features = policy.think(policy.embed(given))
+            second = policy.code_head(features, shown=shown if teach else None)[0][:, :, 1]
+        assert not torch.equal(shown, drawn)  # else both rules would be one
+        if one_by_one and teach:  # the second level was told the first demonstrated code
+            told = torch.nn.functional.one_hot(shown[..., 0], policy.config.vqvae_n_embed).float()
+            expected = policy.code_head.by_level[1](torch.cat((features, told), dim=-1))
+            torch.testing.assert_close(second, expected)
+        levels, codes = policy.config.vqvae_levels, policy.config.vqvae_n_embed
+        learnt = policy.code_head.offset.bias.grad.view(levels, codes, -1).abs().sum(-1) > 0
+        wanted = torch.zeros_like(learnt)
+        for level in range(levels):
+            wanted[level, (shown if teach else drawn)[..., level].unique()] = True
+        assert torch.equal(learnt, wanted)

@@ -1,14 +1,11 @@
-"""Checks that need a patient of their own: flows, odd pictures, bodies that take places."""
+"""Checks that need a patient of their own: odd pictures, bodies that take places."""
 
 from __future__ import annotations
-
-import itertools
 
 import numpy as np
 import pytest
 import torch
 
-from minivla import recorder
 from minivla.data.features import FeatureType, PolicyFeature
 from minivla.preflight import doctor, views
 from minivla.preflight.pictures import examine
@@ -18,39 +15,6 @@ from tests.preflight.faults import column
 from tests.preflight.patients import TABLE, bind, patient_of, small_act, spoiled
 
 FEATURE = PolicyFeature(FeatureType.VISUAL, (3, 16, 16))
-
-
-def walking(*, step: float = 1.0, deaf: bool = False, other_end: bool = False):
-    """An ACT that walks to its chunk from noise in four steps; time runs from 1, noise, to 0."""
-
-    def predict(self, batch, *, noise=None, steps=None, generator=None):
-        target = self.decode(batch, self.prior_mean(batch)).detach()
-        x = torch.randn_like(target) if noise is None or deaf else noise
-        velocity, times = x - target, torch.linspace(1, 0, 5)
-        path = [x]
-        for now, then in itertools.pairwise(times):
-            path.append(path[-1] + step * (then - now) * velocity)
-        if (call := recorder.current()) is not None:
-            call.flow = recorder.Flow(times, torch.stack(path), torch.stack([velocity] * 4))
-        return path[0] if other_end else path[-1]
-
-    policy = tiny_act()
-    bind(policy, "predict_action_chunk", predict)
-    return policy
-
-
-def test_a_flow_that_walks_from_noise_to_the_chunk_is_clean():
-    report = doctor(walking(), tiny_raw())
-    assert "time convention" in report.passed
-    assert report.codes == ()
-
-
-@pytest.mark.parametrize(
-    ("fault", "code"),
-    [({"step": -1.0}, "time-direction"), ({"deaf": True}, "time-start"), ({"other_end": True}, "time-end")],
-)
-def test_a_flow_that_walks_wrongly_is_named(fault, code):
-    assert code in doctor(walking(**fault), tiny_raw()).codes
 
 
 def picture(seed: int = 0) -> torch.Tensor:

@@ -1,8 +1,9 @@
-"""LeRobot's own ACTPolicy under examination, with its own processors."""
+"""LeRobot's own policies under examination, with their own processors."""
 
 from __future__ import annotations
 
 import copy
+from importlib import import_module
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from minivla.data.windows import delta_timestamps
 from minivla.preflight import doctor
 from minivla.world import demonstrations, record
 from tests.parity import redraw
-from tests.preflight.patients import STATE, TABLE, WRIST
+from tests.preflight.patients import DIFFUSION, STATE, TABLE, VQBET, WRIST
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +94,64 @@ def test_without_processors_its_statistics_are_not_examined(theirs, raw):
 def test_exchanged_processors_are_named_once(theirs, raw):
     policy, before, after = theirs
     assert examined((policy, after, before), raw).codes == ("processors-exchanged",)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return demonstrations("detour", 4, 3, size=64)
+
+
+def generative(family: str, dataset, *cameras: str, **settings):
+    """(policy, preprocessor, postprocessor) of LeRobot's Diffusion or VQ-BeT, small and freshly made."""
+    from lerobot.configs import FeatureType, PolicyFeature
+
+    parts = [
+        f"lerobot.policies.{family}.{part}_{family}" for part in ("configuration", "modeling", "processor")
+    ]
+    configuration, modeling, processor = map(import_module, parts)
+    title = {"diffusion": "Diffusion", "vqbet": "VQBeT"}[family]
+    inputs = {camera: PolicyFeature(FeatureType.VISUAL, (3, 64, 64)) for camera in cameras}
+    inputs[STATE] = PolicyFeature(FeatureType.STATE, (3,))
+    outputs = {"action": PolicyFeature(FeatureType.ACTION, (3,))}
+    config = getattr(configuration, f"{title}Config")(
+        input_features=inputs, output_features=outputs, device="cpu", use_group_norm=True, **settings
+    )
+    torch.manual_seed(0)
+    policy = getattr(modeling, f"{title}Policy")(config)
+    return policy, *getattr(processor, f"make_{family}_pre_post_processors")(config, dataset.stats)
+
+
+def seen(policy, dataset):
+    windows = dataset.windows(delta_timestamps(policy.config, dataset.fps))
+    raw = default_collate([windows[row] for row in (3, 25)])
+    others = {TABLE, WRIST} - set(policy.config.input_features)
+    return {key: value for key, value in raw.items() if key not in others}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_its_diffusion_is_clean(masked, pictures):
+    ours_alone = ("compact_vision", "vocabulary", "denoiser", "objective")
+    settings = {k: v for k, v in DIFFUSION.items() if k not in ours_alone and not k.startswith("transformer")}
+    parts = generative("diffusion", pictures, TABLE, WRIST, **settings, do_mask_loss_for_padding=masked)
+    report = examined(parts, seen(parts[0], pictures))
+    assert report.codes == ("padding-leaks",), str(report)
+    assert report.ok
+    assert {"frozen and trainable", "queue reset", "depends on images"} <= set(report.passed)
+
+
+@pytest.mark.parametrize("phase", [1, 2])
+def test_its_vqbet_is_clean_in_both_phases(phase, pictures):
+    settings = {
+        k: v for k, v in VQBET.items() if k not in ("several_cameras", "compact_vision", "vocabulary")
+    }
+    parts = generative("vqbet", pictures, TABLE, **settings)
+    vqvae = parts[0].vqbet.action_head.vqvae_model
+    vqvae.discretized.fill_(phase == 2)
+    vqvae.vq_layer.freeze_codebook.fill_(phase == 2)
+    report = examined(parts, seen(parts[0], pictures))
+    assert report.codes == ("padding-leaks",), str(report)
+    assert {"frozen and trainable", "queue reset", "depends on state"} <= set(report.passed)
+    assert len(report.notes) == 1
 
 
 def no_statistics(parts, raw):

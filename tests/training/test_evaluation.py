@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 import torch
 
-from minivla.training.evaluation import Evaluation, evaluate, parse_env, raw_batch, wilson
+from minivla.training.environments import parse_env
+from minivla.training.evaluation import Evaluation, evaluate, raw_batch, wilson
 from tests.training.tiny import ACTION, STATE, TinyEnv, tiny
 
 
@@ -42,6 +43,32 @@ def test_it_prints_as_promised():
     low, high = wilson(191, 200)
     assert str(Evaluation(0.955, low, high, 200, 0.0)) == "0.955 [0.917, 0.976] over 200 episodes"
     assert str(Evaluation(1.0, 0.5, 1.0, 3, 0.25)).endswith("over 3 episodes, 25.0% of actions clipped")
+
+
+class Rewarding(TinyEnv):
+    """Pays 1/8 at the first step, 2/8 at the second, …; the third pays nothing."""
+
+    def step(self, action):
+        observation, _, *ended, info = super().step(action)
+        reward = np.float32(0.0 if self.elapsed == 3 else self.elapsed / 8)
+        return observation, reward, *ended, info | {"elapsed": np.array([self.elapsed])}
+
+
+def test_rewards_count_until_the_episode_is_over():
+    results = [run(Scripted(), Rewarding, episodes=4, seed=0, batch_size=size) for size in (4, 1)]
+    assert results[0] == results[1]  # whoever ended early was not paid while others went on
+    assert results[0].lengths == (1, 2, 3, 4)
+    assert results[0].max_rewards == (0.125, 0.25, 0.25, 0.5)
+    assert results[0].sum_rewards == (0.125, 0.375, 0.375, 0.875)
+    assert results[0].max_reward == 0.28125
+    assert [info["elapsed"].item() for info in results[0].infos] == [1, 2, 3, 4]
+    assert run(Scripted(), Rewarding, episodes=4, max_steps=1).max_rewards == (0.125,) * 4
+
+
+def test_rewards_are_printed_where_they_say_more_than_success():
+    assert "over 4 episodes, mean max reward 0.281" in str(run(Scripted(), Rewarding, episodes=4))
+    assert "reward" not in str(run(Scripted(), episodes=4))
+    assert "reward" not in str(Evaluation(0.5, 0.1, 0.9, 2, 0.0, max_reward=0.5, max_rewards=(0.0, 1.0)))
 
 
 @pytest.mark.parametrize(

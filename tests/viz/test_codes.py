@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from minivla.viz import perplexity, plot_code_usage
+from minivla.viz import perplexity, plot_code_grid, plot_code_usage
 
 
 def usage(ax):
@@ -43,7 +43,7 @@ def test_levels_of_a_residual_quantiser_are_counted_apart():
     first, second = figure.axes
     assert usage(first).tolist() == pytest.approx([1 / 8] * 8)
     assert usage(second).tolist() == [1, *[0] * 7]
-    assert "level 1" in second.get_ylabel()
+    assert "level 1" in first.get_ylabel() and "level 2" in second.get_ylabel()
     assert figure.get_suptitle() == "7 of 16 codes are never used; perplexity 8 and 1"
     assert usage(plot_code_usage(codes, 8).axes[0])[0] == pytest.approx(9 / 16)
 
@@ -68,3 +68,62 @@ def test_codes_on_axes_of_ones_own():
 def test_code_errors(options, error, message):
     with pytest.raises(error, match=message):
         plot_code_usage(**{"codes": torch.arange(4), "size": 4, **options})
+
+
+PAIRS = torch.tensor([[0, 2], [0, 2], [0, 2], [2, 0], [2, 1], [2, 1]])
+
+
+def counted(figure):
+    """The map's counts, 0 where it is masked, and the codes that its sides name: down, across."""
+    ax = next(ax for ax in figure.axes if ax.images)
+    names = [[label.get_text() for label in axis.get_ticklabels()] for axis in (ax.yaxis, ax.xaxis)]
+    return ax.images[0].get_array().filled(0).tolist(), *([int(name) for name in side] for side in names)
+
+
+def test_the_grid_counts_pairs_and_names_dead_codes():
+    figure = plot_code_grid(PAIRS, 3)
+    counts, down, across = counted(figure)
+    assert counts == [[0, 0, 3], [0, 0, 0], [1, 2, 0]]
+    assert down == across == [0, 1, 2]
+    top, right = (ax for ax in figure.axes if any(p.get_gid() == "usage" for p in ax.patches))
+    assert usage(top).tolist() == pytest.approx([1 / 6, 2 / 6, 3 / 6])
+    assert usage(right).tolist() == pytest.approx([3 / 6, 0, 3 / 6])
+    assert [text.xy for text in right.texts] == [(0, 1)] and not top.texts
+    alone = [perplexity(PAIRS[:, level], 3) for level in (0, 1)]
+    both = perplexity(3 * PAIRS[:, 0] + PAIRS[:, 1], 9)
+    assert figure.get_suptitle().split("\n") == [
+        "3 of 9 pairs occur",
+        f"Perplexity {alone[0]:.3g} and {alone[1]:.3g}, together {both:.3g} "
+        f"(independent levels: {alone[0] * alone[1]:.3g})",
+    ]
+
+
+def test_the_grid_by_usage_of_other_levels_and_sizes():
+    codes = torch.cat((PAIRS, torch.tensor([[3], [3], [1], [3], [3], [3]])), dim=-1)
+    counts, down, across = counted(plot_code_grid(codes, (3, 3, 4), levels=(2, 3), order="usage"))
+    assert (down, across) == ([2, 1, 0], [3, 1, 0, 2])
+    assert counts == [[2, 1, 0, 0], [2, 0, 0, 0], [1, 0, 0, 0]]
+
+
+def test_a_large_grid_names_some_codes():
+    codes = torch.randint(0, 100, (500, 2), generator=torch.Generator().manual_seed(0))
+    counts, down, _ = counted(plot_code_grid(codes, 100))
+    assert np.sum(counts) == 500 and np.shape(counts) == (100, 100)
+    assert down == list(range(0, 100, 5))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"sizes": 2}, ValueError, "between 0 and 2; expected 0 to 1"),
+        ({"sizes": (3, 3, 3)}, ValueError, r"shape \(6, 2\); expected \(..., 3\)"),
+        ({"levels": (1, 1)}, ValueError, r"levels are \(1, 1\); expected two of 1 to 2"),
+        ({"levels": (0, 1)}, ValueError, r"levels are \(0, 1\)"),
+        ({"codes": torch.arange(3)[:, None]}, ValueError, "expected two of 1 to 1"),
+        ({"order": "name"}, ValueError, "order is 'name'"),
+        ({"codes": torch.rand(4, 2)}, TypeError, "expected integers"),
+    ],
+)
+def test_grid_errors(options, error, message):
+    with pytest.raises(error, match=message):
+        plot_code_grid(**{"codes": PAIRS, "sizes": 3, **options})

@@ -238,3 +238,43 @@ def test_where_a_flow_stops_being_numbers_is_in_the_title(lost, batch):
     assert animate_flow(flow, moments=3).frames == 3
     flow.x[:], flow.v[:] = lost, lost
     assert "not finite from step 0 on" in plot_flow(flow).get_suptitle()
+
+
+def diffusion(quantity, times=(9, 6, 3, 0, -1)):
+    """A sampler of diffusion: falling timesteps, and -1 for the result; v points away from x."""
+    x = torch.stack([torch.full((3, 4, 2), float(k)) for k in range(len(times))])
+    return Flow(torch.tensor(times), x, 10 + torch.zeros(len(times) - 1, 3, 4, 2), quantity)
+
+
+@pytest.mark.parametrize(
+    ("quantity", "wanted", "told"),
+    [
+        ("predicted noise", -10, "arrows: against the predicted noise"),
+        ("predicted v", -10, "arrows: against the predicted v"),
+        ("predicted action", [10, 9, 8, 7], "arrows: to the predicted action"),
+    ],
+)
+def test_what_diffusion_predicts_points_the_way_the_sampler_goes(quantity, wanted, told):
+    plane = plot_flow(diffusion(quantity)).axes[0]
+    (arrows,) = named(plane, "v")
+    assert np.allclose(arrows.U.reshape(4, 3).T, wanted)
+    assert told in {t.get_text() for t in plane.texts}
+
+
+def test_the_end_of_diffusion_is_no_timestep():
+    plane, beside = plot_flow(diffusion("predicted noise")).axes
+    assert {"noise, time 9", "action, no noise left"} <= {t.get_text() for t in plane.texts}
+    assert beside.get_xlabel() == "sampler step (time 9 → no noise left)"
+    assert (
+        plot_denoising(diffusion("predicted noise")).axes[-1].get_title(loc="left") == "step 4, no noise left"
+    )
+
+
+def test_denoising_in_robot_units():
+    flow = integrated(horizon=6)
+    figure = plot_denoising(flow, dimension=1, moments=2, robot=lambda x: 100 * x + 7, name="dy", unit="mm")
+    for ax, k in zip(figure.axes, (0, 10), strict=True):
+        (line,) = named(ax, f"step {k}")
+        assert np.allclose(line.get_ydata(), 100 * flow.x[k, 0, :, 1] + 7, atol=1e-3)
+    assert figure.axes[0].get_ylabel() == "dy\n(mm)"
+    assert plot_denoising(flow, robot=lambda x: x).axes[0].get_ylabel() == "action 0\n(robot units)"
