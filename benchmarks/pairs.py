@@ -118,13 +118,19 @@ def chunk_race(what: str, ours: Call, theirs: Call, *, rounds: int, warmup: int 
 
 
 def training_race(
-    what: str, pair: tuple[Any, Any], samples: int, *, rounds: int, warmup: int = 2
+    what: str,
+    pair: tuple[Any, Any],
+    samples: int,
+    *,
+    rounds: int,
+    warmup: int = 2,
+    counts: tuple[int | None, ...] = (None, 1),
 ) -> list[Row]:
-    """One step of training, loss, gradient and AdamW, with torch's default of threads and with one."""
+    """One step of training: loss, gradient and AdamW. `counts` of threads, None for torch's default."""
     batch = make_batch(pair[0], samples)
     ours, theirs = (training_step(policy, batch) for policy in pair)
     rows = []
-    for count in (None, 1):
+    for count in counts:
         with threads(count) as suffix:
             name = f"{what}: training step, batch {samples}{suffix}"
             rows.append(race(name, ours, theirs, rounds=rounds, warmup=warmup))

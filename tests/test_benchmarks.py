@@ -13,7 +13,7 @@ from torch import nn
 import benchmarks.__main__ as bench
 from benchmarks import anatomy, diffusion, vqbet
 from benchmarks.act import training_step
-from benchmarks.pairs import make_batch, make_ours, make_pair, threads
+from benchmarks.pairs import make_batch, make_ours, threads
 from benchmarks.timing import Row, Section, compare, in_fresh_process, race, report
 
 HERE = bench.HERE
@@ -134,7 +134,7 @@ def test_ours_takes_the_step_that_is_timed(family, size):
 @pytest.mark.parametrize("module", [diffusion, vqbet])
 def test_both_of_a_pair_say_the_same(module):
     """What races is equal: both make the same chunk, but for what is drawn."""
-    pair = vqbet.pair_in_phase("small", 2) if module is vqbet else make_pair("diffusion", diffusion.SMALL)
+    pair = vqbet.pair_in_phase("small", 2) if module is vqbet else diffusion.pair("small")
     made = []
     for call in module.chunks(pair).values():
         torch.manual_seed(1)

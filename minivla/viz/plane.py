@@ -17,7 +17,7 @@ from minivla.viz.chunks import gripper_path
 if TYPE_CHECKING:
     from minivla.world.spec import ActionSpec
 
-type Meaning = Plane | ActionSpec | Sequence[str] | None
+type Meaning = "Plane | ActionSpec | Sequence[str] | None"
 """What an action's numbers mean: an `ActionSpec` (`env.unwrapped.action_spec`), the dimensions' names
 (`dataset.features["action"]["names"]`) or a `Plane`; None: the first two are moves along x and y.
 """
