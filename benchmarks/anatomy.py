@@ -86,10 +86,10 @@ def parts_table(shares: Mapping[str, Share], parts: Mapping[str, nn.Module]) -> 
         weights = sum(p.numel() for p in parts[name].parameters()) / 1e6 if name in parts else None
         told = "–" if weights is None else f"{weights:,.2f} M"
         calls = share.calls or "–"
-        cost = f"{share.flops / 1e9:,.3g} | {1000 * share.seconds:,.3g} | {share.seconds / total:.0%}"
+        cost = f"{share.flops / 1e9:,.3g} | {1000 * share.seconds:,.1f} | {share.seconds / total:.0%}"
         lines.append(f"| {name} | {told} | {calls} | {cost} |")
     flops = sum(share.flops for share in shares.values()) / 1e9
-    return "\n".join([*lines, f"| one chunk | – | – | {flops:,.3g} | {1000 * total:,.3g} | 100% |"])
+    return "\n".join([*lines, f"| one chunk | – | – | {flops:,.3g} | {1000 * total:,.1f} | 100% |"])
 
 
 def by_kind(call: Callable[[], object], *, rounds: int) -> dict[str, float]:
@@ -144,6 +144,9 @@ def describe(
     """All of the above for one policy: `calls` makes a chunk, ours first, `batch` is a training step's."""
     ours = next(iter(calls.values()))
     table = parts_table(by_part(ours, parts, rounds=rounds), parts)
-    kinds = [f"- {kinds_line(who, by_kind(call, rounds=rounds))}." for who, call in calls.items()]
+    kinds = [
+        f"- Under torch's profiler, {kinds_line(who, by_kind(call, rounds=rounds))}."
+        for who, call in calls.items()
+    ]
     step = f"- Training step, batch {len(batch['action'])}: {training_line(policy, batch, rounds=rounds)}."
     return "\n".join([f"**{title}**, one chunk of ours by part:", "", table, "", *kinds, step])
