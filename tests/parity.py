@@ -72,17 +72,18 @@ def first_red(rows: list[Row]) -> str | None:
 
 
 def redraw(module: nn.Module, seed: int = 0) -> None:
-    """Draw every parameter and floating-point buffer anew, large enough that no block is close to the
-    identity.
+    """Draw every parameter and floating-point buffer that is saved anew, large enough that no block is close
+    to the identity.
 
     Matrices keep the scale of their fan-in and batch norms shrink, so that activations neither vanish nor
     explode through a deep residual network (else attention saturates, and rounding alone grows past any
     tolerance); variances stay positive.
     """
     generator = torch.Generator().manual_seed(seed)
+    saved = module.state_dict().keys()
     tensors = [*module.named_parameters(), *module.named_buffers()]
     for name, tensor in tensors:
-        if not tensor.is_floating_point():
+        if name not in saved or not tensor.is_floating_point():
             continue
         fan_in = tensor[0].numel() if tensor.dim() > 1 else 4
         drawn = torch.randn(tensor.shape, generator=generator) / fan_in**0.5

@@ -3,7 +3,7 @@
 A line runs from noise to a demonstrated chunk; the velocity along it, action − noise, does not depend on the
 time. A network that predicts it from the point alone learns the mean of all lines through that point, a field
 whose streamlines carry noise to data. Papers differ in which end of time is noise: a `Convention` says so.
-Sources: Liu et al. 2022 (rectified flow), Lipman et al. 2022 (flow matching).
+Sources: Liu et al. 2022 (rectified flow), Lipman et al. 2022 (flow matching), Black et al. 2024 (π0).
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Convention:
 
 
 RECTIFIED = Convention("rectified flow", noise_at=0)
+PI = Convention("π0", noise_at=1)  # the code of π0; its paper prints the reverse
 
 
 def interpolate(action: Tensor, noise: Tensor, time: Tensor, convention: Convention) -> Tensor:
@@ -56,24 +57,96 @@ def velocity_target(action: Tensor, noise: Tensor, convention: Convention) -> Te
     return noise - action if convention.noise_at else action - noise
 
 
-def euler(field: Field, noise: Tensor, steps: int, convention: Convention) -> Tensor:
+def convert(field: Field, source: Convention, target: Convention) -> Field:
+    """The same flow, told in another convention: where time runs the other way, so does the velocity."""
+    if source.noise_at == target.noise_at:
+        return field
+    return lambda x, time: -field(x, 1 - time)
+
+
+# --- which times a network is trained at -------------------------------------------------------------------
+
+
+def uniform_time(size: int, generator: Rng = None) -> Tensor:
+    """(size,) in [0, 1), every time as likely as another."""
+    return torch.rand(size, generator=generator)
+
+
+def beta_time(
+    size: int, alpha: float, beta: float, scale: float, offset: float, generator: Rng = None
+) -> Tensor:
+    """(size,): scale · Beta(alpha, beta) + offset. π0 takes Beta(1.5, 1), scale 0.999, offset 0.001.
+
+    Where t = 1 is noise that dwells on the noisy end, and never reaches t = 0, where the answer is plain. A
+    Beta draw is one Gamma draw's share in the sum of two.
+    Source: Black et al. 2024, appendix B; LeRobot `policies/common/flow_matching.py`, sample_time_beta.
+    """
+    first, second = (
+        torch._standard_gamma(torch.full((size,), shape), generator=generator) for shape in (alpha, beta)
+    )
+    return first / (first + second) * scale + offset
+
+
+def logit_normal_time(size: int, mean: float = 0.0, std: float = 1.0, generator: Rng = None) -> Tensor:
+    """(size,) in (0, 1): the logistic function of a normal draw, most often in the middle.
+
+    Source: Esser et al. 2024 (Stable Diffusion 3), section 3.1.
+    """
+    return torch.sigmoid(mean + std * torch.randn(size, generator=generator))
+
+
+# --- from noise to actions ---------------------------------------------------------------------------------
+
+
+def euler_step(field: Field, x: Tensor, now: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """Straight on along the velocity at the start. One call. Returns (x (B, H, A), velocity)."""
+    velocity = field(x, now)
+    return x + (after - now) * velocity, velocity
+
+
+def midpoint_step(field: Field, x: Tensor, now: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """Half a step to feel the velocity there, then the whole step along it. Two calls."""
+    half = (now + after) / 2
+    velocity = field(x + (half - now) * field(x, now), half)
+    return x + (after - now) * velocity, velocity
+
+
+def heun_step(field: Field, x: Tensor, now: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """Along the mean of the velocities at both ends of an Euler step. Two calls."""
+    first = field(x, now)
+    velocity = (first + field(x + (after - now) * first, after)) / 2
+    return x + (after - now) * velocity, velocity
+
+
+SOLVERS = {"euler": euler_step, "midpoint": midpoint_step, "heun": heun_step}
+
+
+def integrate(
+    field: Field, noise: Tensor, steps: int, convention: Convention, *, solver: str = "euler"
+) -> Tensor:
     """From noise (B, H, A) to actions in `steps` equal steps along field(x, time (1,)), the velocity.
 
-    A trace keeps the path. Raises ValueError for fewer than one step.
+    Times are reckoned in float64 and told in the dtype of `noise`, so that they are upstream's to the bit. A
+    trace keeps the path. Raises ValueError for fewer than one step or an unknown solver.
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}; expected at least 1 step from noise to action")
-    times = torch.linspace(convention.noise_at, 1 - convention.noise_at, steps + 1, dtype=noise.dtype)
-    times = times.to(noise.device)
+    expect_one_of("solver", solver, SOLVERS)
+    start, end = float(convention.noise_at), float(1 - convention.noise_at)
+    times = torch.linspace(start, end, steps + 1, dtype=torch.float64).to(noise.device, noise.dtype)
     x, path, velocities = noise, [noise], list[Tensor]()
-    for now, after in itertools.pairwise(times):
-        velocity = field(x, rearrange(now, "-> 1"))
-        x = x + (after - now) * velocity
+    for now, after in itertools.pairwise(times.split(1)):
+        x, velocity = SOLVERS[solver](field, x, now, after)
         if recorder.current() is not None:
             path.append(x)
             velocities.append(velocity)
     keep_flow(times, path, velocities)
     return x
+
+
+def euler(field: Field, noise: Tensor, steps: int, convention: Convention) -> Tensor:
+    """`integrate` with Euler's steps, as every published flow policy samples."""
+    return integrate(field, noise, steps, convention)
 
 
 def keep_flow(times: Tensor, path: list[Tensor], v: list[Tensor], quantity: str = "velocity") -> None:

@@ -37,6 +37,8 @@ POLICIES: dict[str, str] = {
     "act": "minivla.policies.act:ACT",
     "diffusion": "minivla.policies.diffusion:DiffusionPolicy",
     "vqbet": "minivla.policies.vqbet:VQBeT",
+    "pi0": "minivla.policies.pi:PI0",
+    "pi05": "minivla.policies.pi:PI05",
 }
 """`type` in config.json → "module:Class"."""
 

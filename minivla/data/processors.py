@@ -95,7 +95,8 @@ def make_pipelines(
 ) -> tuple[Pipeline, Pipeline]:
     """A fresh policy's preprocessor and postprocessor, in LeRobot's order (`lerobot/processor/factory.py`).
 
-    config: has input_features, output_features, normalization_mapping, device.
+    config: has input_features, output_features, normalization_mapping, device; its `arrange_steps`, if it has
+    one, puts further steps between these.
     stats: the dataset's, or None for a policy that will get them later.
     text: steps on the instruction, put after the batch axis.
 
@@ -109,6 +110,8 @@ def make_pipelines(
     }
     before = [Rename(), AddBatch(), *text, Device(config.device or "cpu"), Normalize(features, **shared)]
     after = [Unnormalize(outputs, **shared), Device("cpu")]
+    if arrange := getattr(config, "arrange_steps", None):
+        before, after = arrange(before, after)
     return Pipeline(before), Pipeline(after, "policy_postprocessor")
 
 

@@ -145,7 +145,8 @@ class Tokenize(Step):
     """Turn `task` into token ids (B, L) and their mask (B, L), True where a token is real.
 
     The tokenizer is loaded when the step is first called, so that a policy whose tokenizer is out of reach
-    still loads. Give one as `tokenizer` to need no loading at all.
+    still loads. Give one as `tokenizer` to need no loading at all. `ending` is a text that is encoded by
+    itself and put behind the other tokens (minivla only).
     """
 
     registry_name: ClassVar[str] = "tokenizer_processor"
@@ -155,6 +156,7 @@ class Tokenize(Step):
     padding_side: str = "right"
     padding: str = "max_length"
     truncation: bool = True
+    ending: str = ""
     tokenizer: Any = None
 
     def __call__(self, batch: Batch) -> Batch:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from minivla import recorder
@@ -27,12 +27,15 @@ def attend(
 ) -> Tensor:
     """Scaled dot-product attention of all heads.
 
-    query (B, heads, Q, d), key and value (B, heads, K, d); `mask` (B, Q, K) bool or broadcastable to it, True
-    = may look, None = everything is open. Returns (B, heads, Q, d). `site` is the name under which a trace
-    keeps who looked where; `start`, with a key/value cache, the position of the first query among the keys.
+    query (B, heads, Q, d), key and value (B, heads, K, d) or with fewer heads, each shared by a group of
+    query heads; `mask` (B, Q, K) bool or broadcastable to it, True = may look, None = everything is open.
+    Returns (B, heads, Q, d). `site` is the name under which a trace keeps who looked where; `start`, with a
+    key/value cache, the position of the first query among the keys.
     """
     if (call := recorder.current()) is not None:
         call.record_attention(site, query, key, mask, start=start)
+    if (group := query.shape[1] // key.shape[1]) > 1:
+        key, value = (repeat(x, "b heads k d -> b (heads group) k d", group=group) for x in (key, value))
     head_mask = None if mask is None else rearrange(mask, "batch query key -> batch 1 query key")
     return F.scaled_dot_product_attention(query, key, value, attn_mask=head_mask, dropout_p=dropout)
 

@@ -39,6 +39,21 @@ def sine_timesteps(timestep: Tensor, width: int) -> Tensor:
     return torch.cat((angle.sin(), angle.cos()), dim=-1)
 
 
+def sine_time(
+    time: Tensor, width: int, *, shortest: float, longest: float, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """Codes of a flow time (B,) in [0, 1]. Returns (B, width), float32: sines, then cosines.
+
+    Periods grow geometrically from `shortest` to `longest`, both included. Angles reach 2π / shortest, so
+    that float32 and float64 differ: π0's JAX code reckons in the first, both PyTorch ports in the second.
+    Source: openpi `models/pi0.py`, posemb_sincos; LeRobot `policies/common/vla_utils.py`.
+    """
+    fraction = torch.linspace(0, 1, width // 2, dtype=dtype, device=time.device)
+    period = shortest * (longest / shortest) ** fraction
+    angle = rearrange(time.to(dtype), "batch -> batch 1") * (1.0 / period * 2 * math.pi)
+    return torch.cat((angle.sin(), angle.cos()), dim=-1).float()
+
+
 def sine_positions_2d(rows: int, columns: int, width: int, device: torch.device | str = "cpu") -> Tensor:
     """2-D position codes of an image's patches. Returns (rows * columns, width): first half for y, second for
     x.

@@ -197,6 +197,7 @@ class Policy(nn.Module):
     config_class: ClassVar[type[PolicyConfig]]
     CHECKPOINT_NAMES: ClassVar[tuple[tuple[str, str], ...]] = ()
     IGNORED_KEYS: ClassVar[dict[str, str]] = {}
+    resizes_images: ClassVar[bool] = False  # does it bring images of any size to its own?
 
     def __init__(
         self, config: PolicyConfig, stats: AnyStats | None = None, *, allow_constant: bool = False
@@ -232,6 +233,11 @@ class Policy(nn.Module):
         return {}
 
     @property
+    def optional_inputs(self) -> tuple[str, ...]:
+        """Inputs that an observation may lack."""
+        return ()
+
+    @property
     def resting(self) -> dict[str, str]:
         """Our modules and tensors, by name, that training leaves as they are for now, each with the reason:
         a phase that is over or still to come, a part that is not to be trained. Freezing them is not needed.
@@ -248,9 +254,11 @@ class Policy(nn.Module):
         pipeline = self._required(self.preprocessor, "preprocess")
         windowed = history and self.config.observation_delta_indices is not None
         steps = self.config.n_obs_steps if windowed else None
-        batch = pipeline(
-            to_batch(raw, self.config.input_features, n_obs_steps=steps, rename=pipeline.rename_map)
-        )
+        checked = to_batch(
+            raw, self.config.input_features, n_obs_steps=steps, rename=pipeline.rename_map,
+            optional=self.optional_inputs, resizes=self.resizes_images,
+        )  # fmt: skip
+        batch = pipeline(checked)
         return {key: self._placed(value) for key, value in batch.items()}
 
     def _placed(self, value: Any) -> Any:

@@ -1,0 +1,326 @@
+"""One decoder for Gemma, Llama, SmolLM2 and Qwen3, with one stream of tokens or several.
+
+A language model is a stack of layers: attention with rotary positions (fewer key heads than query heads),
+then a gated MLP, an RMSNorm before each. What tells the families apart are a few fields of `DecoderConfig`.
+
+Several *streams* ("experts") may share one attention: each kind of token has norms, projections and MLP of
+its own, and only queries, keys and values meet. A single language model is the one-stream case, π0 the
+two-stream case: what it sees and reads in the first, what it does in the second.
+
+    stream 0   norm  q k v ─┐                 ┌─ o  + norm  mlp  +
+                            ├─ one attention ─┤
+    stream 1   norm  q k v ─┘                 └─ o  + norm  mlp  +
+
+Keys and values of tokens that no later token changes can be kept (`Cache`), and later tokens look at them.
+Sources: Vaswani et al. 2017; Shazeer 2019 (multi-query attention) and 2020 (GLU); Zhang and Sennrich 2019
+(RMSNorm); Su et al. 2021 (RoPE); Gemma team 2024. transformers `models/gemma/modeling_gemma.py`, openpi
+`models/gemma.py`, LeRobot `policies/pi_gemma.py`. The adaptive norm is DiT's (Peebles and Xie 2022).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from minivla import recorder
+from minivla.nn.attention import attend
+
+ACTIVATIONS = {"gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
+Rotation = tuple[Tensor, Tensor]  # cosines and sines, (B, 1, L, head_dim) each
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The shape of one stream; the last fields are what tells families apart, at Gemma's settings.
+
+    width D, layers, mlp       the residual stream, the depth, the MLP's inner width
+    heads, kv_heads, head_dim  query heads, the key/value heads they share, the width of each
+    condition                  width of the vector that steers adaptive norms; 0 for plain norms
+    norm_offset                what is added to a norm's stored scale: 1 in Gemma, 0 elsewhere
+    activation                 "gelu_tanh" or "silu"
+    rope_base, eps             longest wavelength of the rotary positions; the norms' epsilon
+    qk_norm, qkv_bias          a norm on each head's query and key (Qwen3); biases on q, k, v (Qwen2)
+    """
+
+    width: int
+    layers: int
+    mlp: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    condition: int = 0
+    norm_offset: float = 1.0
+    activation: str = "gelu_tanh"
+    rope_base: float = 10_000.0
+    eps: float = 1e-6
+    qk_norm: bool = False
+    qkv_bias: bool = False
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps), scaled; computed in float32, given back in the type of x.
+
+    With a `condition` the scale is no parameter but follows from a vector, one for each sample, together with
+    a shift and a gate for the branch behind the norm (adaRMS): x̂ · (1 + scale) + shift.
+    """
+
+    def __init__(self, width: int, *, eps: float = 1e-6, offset: float = 1.0, condition: int = 0) -> None:
+        super().__init__()
+        self.eps, self.offset, self.condition = eps, offset, condition
+        if condition:
+            self.dense = nn.Linear(condition, 3 * width)
+            nn.init.zeros_(self.dense.weight)  # upstream in JAX zeroes the bias too; its ports do not
+        else:
+            self.weight = nn.Parameter(torch.full((width,), 1.0 - offset))
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """x (B, L, D), condition (B, C). Returns (x normed, gate (B, 1, D) or None)."""
+        if not self.condition:
+            scale = self.weight.float() + self.offset
+            return F.rms_norm(x.float(), x.shape[-1:], scale, self.eps).to(x.dtype), None
+        if condition is None:
+            raise ValueError("an adaptive norm needs its condition (B, C), and none was given")
+        told = rearrange(self.dense(condition.to(self.dense.weight.dtype)), "batch d -> batch 1 d")
+        scale, shift, gate = told.chunk(3, dim=-1)
+        normed = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
+        return torch.addcmul(shift.float(), normed, 1 + scale.float()).to(x.dtype), gate.to(x.dtype)
+
+
+def rotation(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> Rotation:
+    """How far to turn the queries and keys at each position.
+
+    positions (B, L) int. Angle of channel pair i: position / base^(2i / head_dim), in float32, then cast.
+    """
+    wavelength = base ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
+    angle = rearrange(positions.float(), "batch token -> batch 1 token 1") * (1.0 / wavelength)
+    angle = torch.cat((angle, angle), dim=-1)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Tensor, turn: Rotation) -> Tensor:
+    """Rotary positions: channel i and channel i + head_dim / 2 are a pair that turns. x (B, heads, L, d)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * turn[0] + torch.cat((-second, first), dim=-1) * turn[1]
+
+
+def valid_positions(valid: Tensor, start: Tensor | int = 0) -> Tensor:
+    """Positions (B, L) that count only real tokens. valid (B, L) bool; start (B, 1): tokens before."""
+    return start + valid.long().cumsum(dim=1) - 1
+
+
+@dataclass
+class Cache:
+    """Keys and values of every layer, (B, kv_heads, K, head_dim) each; keys are rotated already."""
+
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return self.keys[0].shape[-2] if self.keys else 0
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep a layer's keys and values behind those it has, and return all."""
+        if layer == len(self.keys):
+            self.keys.append(key)
+            self.values.append(value)
+        else:
+            self.keys[layer], self.values[layer] = self.before(layer, key, value)
+        return self.keys[layer], self.values[layer]
+
+    def before(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's keys and values with these behind them; nothing is kept."""
+        return torch.cat((self.keys[layer], key), dim=-2), torch.cat((self.values[layer], value), dim=-2)
+
+
+@dataclass(frozen=True)
+class Joint:
+    """What all layers of one forward pass share: the mask (B, Q, K), the angles of the positions, the
+    conditions by stream, the cache and whether new keys stay in it, and how many were there at the start.
+    """
+
+    mask: Tensor
+    turn: Rotation
+    conditions: dict[str, Tensor]
+    cache: Cache | None
+    keep: bool
+    start: int
+
+    def with_past(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """A layer's new keys and values, behind those of the cache."""
+        if self.cache is None:
+            return key, value
+        return (self.cache.extend if self.keep else self.cache.before)(layer, key, value)
+
+
+class DecoderLayer(nn.Module):
+    """The weights of one stream in one layer; `Decoder` lets the streams meet."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        c, queries, keys = config, config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.config, self.activation = config, ACTIVATIONS[config.activation]
+        norm: dict[str, Any] = {"eps": c.eps, "offset": c.norm_offset}
+        self.input_norm = RMSNorm(c.width, condition=c.condition, **norm)
+        self.post_norm = RMSNorm(c.width, condition=c.condition, **norm)
+        self.q_proj = nn.Linear(c.width, queries, bias=c.qkv_bias)
+        self.k_proj, self.v_proj = (nn.Linear(c.width, keys, bias=c.qkv_bias) for _ in range(2))
+        self.o_proj = nn.Linear(queries, c.width, bias=False)
+        self.gate_proj, self.up_proj = (nn.Linear(c.width, c.mlp, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(c.mlp, c.width, bias=False)
+        if c.qk_norm:
+            self.q_norm, self.k_norm = (RMSNorm(c.head_dim, **norm) for _ in range(2))
+
+    def project(self, x: Tensor, turn: Rotation, *, asks: bool) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Queries (None unless it `asks`), keys and values of normed tokens (B, L, D), turned by position."""
+        split = "batch token (heads width) -> batch heads token width"
+        width = self.config.head_dim
+        key, value = (rearrange(p(x), split, width=width) for p in (self.k_proj, self.v_proj))
+        query = rearrange(self.q_proj(x), split, width=width) if asks else None
+        if self.config.qk_norm:
+            key = self.k_norm(key)[0]
+            query = None if query is None else self.q_norm(query)[0]
+        return None if query is None else rotate(query, turn), rotate(key, turn), value
+
+    def finish(self, tokens: Tensor, seen: Tensor, gate: Tensor | None, condition: Tensor | None) -> Tensor:
+        """What attention brought, seen (B, heads, L, head_dim), onto the residual stream; then the MLP."""
+        out = self.o_proj(rearrange(seen, "batch heads token width -> batch token (heads width)"))
+        tokens = _gated(tokens, out, gate)
+        x, gate = self.post_norm(tokens, condition)
+        return _gated(tokens, self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x)), gate)
+
+
+def _gated(tokens: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
+    return tokens + branch if gate is None else torch.addcmul(tokens, branch, gate)
+
+
+class Stream(nn.Module):
+    """One stream's layers and its last norm."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
+        self.norm = RMSNorm(
+            config.width, eps=config.eps, offset=config.norm_offset, condition=config.condition
+        )
+
+    def layer(self, i: int) -> DecoderLayer:
+        """Layer i."""
+        found = self.layers[i]
+        assert isinstance(found, DecoderLayer)
+        return found
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What its matrices compute in (norms may be kept in float32)."""
+        return self.layer(0).q_proj.weight.dtype
+
+
+class Decoder(nn.Module):
+    """Streams by name, e.g. {"prefix": DecoderConfig(…), "suffix": DecoderConfig(…)}, in sequence order.
+
+    `checkpointing` recomputes each layer in the backward pass to save memory. A trace finds the attention of
+    layer i at "joint.i", every stream's hidden state after it at "name.i", and after the last norm at "name".
+    Raises ValueError when the streams' attentions do not fit together.
+    """
+
+    def __init__(self, streams: dict[str, DecoderConfig]) -> None:
+        super().__init__()
+        shapes = {(c.layers, c.heads, c.kv_heads, c.head_dim, c.rope_base) for c in streams.values()}
+        if len(shapes) != 1:
+            raise ValueError(
+                "streams share one attention: layers, heads, kv_heads, head_dim, rope_base must agree; got "
+                f"{sorted(shapes)}"
+            )
+        self.config = next(iter(streams.values()))
+        self.streams = nn.ModuleDict({name: Stream(config) for name, config in streams.items()})
+        self.checkpointing = False
+
+    def forward(
+        self,
+        tokens: dict[str, Tensor],
+        mask: Tensor,
+        positions: Tensor,
+        *,
+        conditions: dict[str, Tensor] | None = None,
+        cache: Cache | None = None,
+        keep: bool = True,
+        outcome: Sequence[str] | None = None,
+    ) -> dict[str, Tensor]:
+        """Streams that are there, tokens (B, L, D) by name in sequence order, through all layers.
+
+        mask (B, Q, K) bool, True = may look: Q all tokens given, K those in the cache before them.
+        positions (B, Q) int; conditions (B, C) for streams with adaptive norms; `keep` adds the new keys and
+        values to the cache, without it they are forgotten. `outcome`: the streams whose outcome is wanted; in
+        the last layer the others only lend their keys and values. Returns them after the last norm.
+        """
+        wanted = tuple(tokens if outcome is None or recorder.current() is not None else outcome)
+        tokens = {n: recorder.enter(n, x.to(self.stream(n).dtype)) for n, x in tokens.items()}
+        dtype = next(iter(tokens.values())).dtype
+        turn = rotation(positions, self.config.head_dim, self.config.rope_base, dtype)
+        joint = Joint(mask, turn, conditions or {}, cache, keep, 0 if cache is None else len(cache))
+        for i in range(self.config.layers):
+            asking = wanted if i + 1 == self.config.layers else tuple(tokens)
+            if self.checkpointing and self.training:
+                tokens = checkpoint(self.layer, i, tokens, joint, asking, use_reentrant=False)
+            else:
+                tokens = self.layer(i, tokens, joint, asking)
+        done = {n: self.stream(n).norm(x, joint.conditions.get(n))[0] for n, x in tokens.items()}
+        for name, x in done.items():
+            recorder.keep(name, x)
+        return done
+
+    def stream(self, name: str) -> Stream:
+        """One stream by name."""
+        found = self.streams[name]
+        assert isinstance(found, Stream)
+        return found
+
+    def layer(
+        self, i: int, tokens: dict[str, Tensor], joint: Joint, asking: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """Layer i: every stream projects, all look at all they may, every stream goes on by itself.
+
+        Only the streams `asking` have queries, and come out. tokens (B, L, D) by name, in and out.
+        """
+        layers = {name: self.stream(name).layer(i) for name in tokens}
+        turns = dict(zip(tokens, _split(joint.turn, tokens), strict=True))
+        normed = {n: layer.input_norm(tokens[n], joint.conditions.get(n)) for n, layer in layers.items()}
+        parts = {n: layers[n].project(normed[n][0], turns[n], asks=n in asking) for n in tokens}
+        key, value = (torch.cat([part[which] for part in parts.values()], dim=-2) for which in (1, 2))
+        key, value = joint.with_past(i, key, value)
+        if not asking:
+            return {}
+        query = torch.cat([parts[n][0] for n in asking], dim=-2)
+        seen = attend(
+            query, key, value, _rows(joint.mask, tokens, asking), site=f"joint.{i}", start=joint.start
+        )
+        shares = seen.split([tokens[n].shape[1] for n in asking], dim=-2)
+        out = {
+            n: layers[n].finish(tokens[n], share, normed[n][1], joint.conditions.get(n))
+            for n, share in zip(asking, shares, strict=True)
+        }
+        for name, x in out.items():
+            recorder.keep(f"{name}.{i}", x)
+        return out
+
+
+def _split(turn: Rotation, tokens: dict[str, Tensor]) -> list[Rotation]:
+    """Each stream's share of the angles."""
+    lengths = [x.shape[1] for x in tokens.values()]
+    return list(zip(*(table.split(lengths, dim=-2) for table in turn), strict=True))
+
+
+def _rows(mask: Tensor, tokens: dict[str, Tensor], asking: Sequence[str]) -> Tensor:
+    """The rows of the mask (B, Q, K) that belong to the streams that ask."""
+    if len(asking) == len(tokens):
+        return mask
+    rows = mask.split([x.shape[1] for x in tokens.values()], dim=1)
+    return torch.cat([part for part, name in zip(rows, tokens, strict=True) if name in asking], dim=1)

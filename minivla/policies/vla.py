@@ -1,0 +1,310 @@
+"""What the policies on a PaliGemma share: sizes, cameras that may be absent, prompts, what is frozen.
+
+π0 and π0.5 (`pi.py`) and π0-FAST (`pi0_fast.py`) look at the same pictures and read the same kind of prompt.
+Upstream keeps a copy of all this in each policy: LeRobot 0.6 `policies/{pi0,pi05,pi0_fast}`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minivla.actions.flow import expect_one_of
+from minivla.data.features import (
+    ACTION,
+    OBS_IMAGES,
+    OBS_LANGUAGE,
+    OBS_STATE,
+    FeatureType,
+    MissingKey,
+    PolicyFeature,
+)
+from minivla.data.steps import AddBatch, Normalize, Rename, Step, Tokenize, register
+from minivla.nn.decoder import DecoderConfig
+from minivla.nn.images import resize_with_pad
+from minivla.nn.paligemma import VARIANTS, VOCABULARY, PaliGemma
+from minivla.nn.vit import ViTConfig
+from minivla.policies.base import Batch, PolicyConfig
+
+STATE_BINS = 256
+UPSTREAMS = ("lerobot", "openpi")
+TOKENIZER = "google/paligemma-3b-pt-224"
+
+
+@dataclass
+class VLAConfig(PolicyConfig):
+    """LeRobot's fields that π0, π0.5 and π0-FAST have in common; defaults are upstream's.
+
+    paligemma_variant, dtype: the language model's size; "float32", or "bfloat16" for all but vision and norms
+    chunk_size H, n_action_steps: actions predicted, and carried out before looking again
+    max_state_dim, max_action_dim: shorter vectors are padded with zeros up to these
+    image_resolution, empty_cameras: what SigLIP is shown; cameras added that are always absent
+    tokenizer_max_length: places for the prompt
+    use_relative_actions, relative_exclude_joints, action_feature_names: actions as differences to the state
+    rtc_config: settings of real-time chunking (`minivla.actions.realtime`), or None
+    gradient_checkpointing, compile_model, compile_mode: memory for time, and time for start-up
+    optimizer_…, scheduler_…: how upstream trains
+
+    Only in minivla: vision_size, language_size, vocab_size replace numbers of the variant, for small worlds;
+    compact_vision puts a few convolutions in SigLIP's place, tokenizer_name another tokenizer; `upstream`
+    says whose side to take where LeRobot and openpi differ.
+
+    Raises ValueError for an unknown variant or type, and for settings that contradict each other.
+    """
+
+    MINIVLA_FIELDS: ClassVar[tuple[str, ...]] = (
+        "vision_size", "language_size", "vocab_size", "compact_vision", "upstream",
+    )  # fmt: skip
+
+    paligemma_variant: str = "gemma_2b"
+    action_expert_variant: str = "gemma_300m"
+    dtype: str = "float32"
+    chunk_size: int = 50
+    n_action_steps: int = 50
+    max_state_dim: int = 32
+    max_action_dim: int = 32
+    use_relative_actions: bool = False
+    relative_exclude_joints: tuple[str, ...] = ("gripper",)
+    action_feature_names: tuple[str, ...] | None = None
+    rtc_config: dict[str, Any] | None = None
+    image_resolution: tuple[int, int] = (224, 224)
+    empty_cameras: int = 0
+    tokenizer_max_length: int = 200
+    gradient_checkpointing: bool = False
+    compile_model: bool = False
+    compile_mode: str = "max-autotune"
+    optimizer_lr: float = 2.5e-5
+    optimizer_betas: tuple[float, float] = (0.9, 0.95)
+    optimizer_eps: float = 1e-8
+    optimizer_weight_decay: float = 0.01
+    optimizer_grad_clip_norm: float = 1.0
+    scheduler_warmup_steps: int = 1_000
+    scheduler_decay_steps: int = 30_000
+    scheduler_decay_lr: float = 2.5e-6
+    vision_size: dict[str, Any] = field(default_factory=dict)
+    language_size: dict[str, Any] = field(default_factory=dict)
+    vocab_size: int = VOCABULARY
+    compact_vision: bool = False
+    upstream: str = "lerobot"
+
+    def __post_init__(self) -> None:
+        expect_one_of("paligemma_variant", self.paligemma_variant, VARIANTS)
+        expect_one_of("action_expert_variant", self.action_expert_variant, VARIANTS)
+        expect_one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        expect_one_of("upstream", self.upstream, UPSTREAMS)
+        if not 1 <= self.n_action_steps <= self.chunk_size:
+            raise ValueError(
+                f"n_action_steps is {self.n_action_steps}, expected 1 to chunk_size = {self.chunk_size}: "
+                "no more actions can be carried out than were predicted"
+            )
+        if self.image_resolution[0] != self.image_resolution[1]:
+            raise ValueError(f"image_resolution is {self.image_resolution}; SigLIP expects a square")
+        self._add_features()
+
+    def _add_features(self) -> None:
+        """Empty cameras; and, as upstream, a state and an action of the full width where none is told."""
+        for i in range(self.empty_cameras):
+            shape = (3, *self.image_resolution)
+            self.input_features.setdefault(
+                f"{OBS_IMAGES}.empty_camera_{i}", PolicyFeature(FeatureType.VISUAL, shape)
+            )
+        self.input_features.setdefault(OBS_STATE, PolicyFeature(FeatureType.STATE, (self.max_state_dim,)))
+        self.output_features.setdefault(ACTION, PolicyFeature(FeatureType.ACTION, (self.max_action_dim,)))
+        for features, most in (
+            ({OBS_STATE: self.input_features[OBS_STATE]}, self.max_state_dim),
+            ({ACTION: self.output_features[ACTION]}, self.max_action_dim),
+        ):
+            for key, feature in features.items():
+                if feature.shape[0] > most:
+                    raise ValueError(
+                        f"{key} has {feature.shape[0]} numbers, the policy takes {most} at most; raise "
+                        f"max_{'action' if key == ACTION else 'state'}_dim (published weights have 32)"
+                    )
+
+    @property
+    def action_delta_indices(self) -> list[int]:
+        """The chunk: now and the next H - 1 steps."""
+        return list(range(self.chunk_size))
+
+    @property
+    def vision(self) -> ViTConfig:
+        """SigLIP's shape."""
+        return replace(ViTConfig(image_size=self.image_resolution[0]), **self.vision_size)
+
+    @property
+    def language(self) -> DecoderConfig:
+        """The language model's shape."""
+        return replace(VARIANTS[self.paligemma_variant], **self.language_size)
+
+
+# --- what is seen ------------------------------------------------------------------------------------------
+
+
+def look(config: VLAConfig, batch: Batch) -> dict[str, Tensor | None]:
+    """The cameras' images (B, 3, h, w) in [-1, 1] and of SigLIP's size; None for one the batch lacks.
+
+    Warns of an absent camera, once in a process, unless it is one of the `empty_cameras`. Raises ValueError
+    when all are absent.
+    """
+    images = {camera: batch.get(camera) for camera in config.image_features}
+    absent = [camera for camera, image in images.items() if image is None]
+    if len(absent) == len(images):
+        raise ValueError(
+            f"the batch has {', '.join(batch)} and none of the policy's cameras "
+            f"({', '.join(images) or 'it has none'}); at least one is needed: rename yours, or list it in "
+            "input_features"
+        )
+    if dark := [camera for camera in absent if ".empty_camera_" not in camera]:
+        _warn_once(
+            f"no {', '.join(dark)} in the batch: its tokens are masked, as if that camera did not exist. If "
+            "it should be there, rename the one you have"
+        )
+    return {
+        camera: None if image is None else resize_with_pad(image, *config.image_resolution) * 2 - 1
+        for camera, image in images.items()
+    }
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=4)
+
+
+def prompt(batch: Batch) -> tuple[Tensor, Tensor]:
+    """The prompt's token ids (B, L) and which are real (B, L) bool. Raises KeyError when there are none."""
+    keys = (f"{OBS_LANGUAGE}.tokens", f"{OBS_LANGUAGE}.attention_mask")
+    if missing := [key for key in keys if key not in batch]:
+        raise MissingKey(
+            f"the batch has no {' and no '.join(missing)}; the policy reads tokens: give "
+            "policy.preprocess(raw), with the instruction as raw['task']"
+        )
+    return batch[keys[0]], batch[keys[1]]
+
+
+def pad(vector: Tensor, size: int, name: str) -> Tensor:
+    """Zeros behind a vector (…, n) up to (…, size). Raises ValueError when it is longer."""
+    if vector.shape[-1] > size:
+        raise ValueError(f"{name} has {vector.shape[-1]} numbers, the policy takes {size} at most")
+    return F.pad(vector, (0, size - vector.shape[-1]))
+
+
+# --- what is read ------------------------------------------------------------------------------------------
+
+
+def clean(text: str) -> str:
+    """An instruction on one line: no space around it, underscores and line ends as spaces."""
+    return text.strip().replace("_", " ").replace("\n", " ")
+
+
+def state_bins(state: Tensor) -> Tensor:
+    """Normalised numbers (B, S) as integers: 0 to 255 for [-1, 1), 255 above, -1 below.
+
+    Nothing is clipped first: -1 and 255 are how upstream's bins end (both openpi and LeRobot).
+    """
+    edges = torch.linspace(-1, 1, STATE_BINS + 1, dtype=torch.float64)[:-1]
+    return torch.bucketize(state.detach().double().cpu().contiguous(), edges, right=True) - 1
+
+
+@register
+@dataclass(repr=False)
+class StatePrompt(Step):
+    """Instruction and normalised state as one text, which π0.5 reads in place of a state token.
+
+    The state is not padded: as many integers as the robot has numbers (`max_state_dim` changes nothing, as
+    upstream). Source: LeRobot `policies/pi05/processor_pi05.py`; openpi `models/tokenizer.py`.
+    """
+
+    registry_name: ClassVar[str] = "pi05_prepare_state_tokenizer_processor_step"
+    ending: ClassVar[str] = ";\nAction: "
+    max_state_dim: int = 32
+    task_key: str = "task"
+    lower_case: bool = False
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Raises KeyError without a state or an instruction."""
+        for key in (OBS_STATE, self.task_key):
+            if batch.get(key) is None:
+                raise MissingKey(
+                    f"no '{key}' in the batch, which holds {', '.join(batch)}; the prompt needs it"
+                )
+        text = batch[self.task_key]
+        texts = [clean(task) for task in ([text] if isinstance(text, str) else text)]
+        texts = [task.lower() for task in texts] if self.lower_case else texts
+        numbers = state_bins(batch[OBS_STATE]).tolist()
+        prompts = [
+            f"Task: {task}, State: {' '.join(map(str, row))}{self.ending}"
+            for task, row in zip(texts, numbers, strict=True)
+        ]
+        return {**batch, self.task_key: prompts}
+
+    def describe(self) -> list[str]:
+        """One line."""
+        return [f"'Task: …, State: 0…255{self.ending!r}' from task and state"]
+
+    def to_json(self) -> dict[str, Any]:
+        """LeRobot writes no settings; ours only where it is not LeRobot's way."""
+        return {"lower_case": True} if self.lower_case else {}
+
+
+def before_tokens(before: list[Step]) -> tuple[list[Step], list[Step], Step]:
+    """A fresh preprocessor's steps apart: (rename and batch axis, device, normalise)."""
+    first: list[Step] = [step for step in before if isinstance(step, Rename | AddBatch)]
+    (scale,) = (step for step in before if isinstance(step, Normalize))
+    return first, [step for step in before if step not in (*first, scale)], scale
+
+
+def tokenize(config: VLAConfig, ending: str = "") -> Tokenize:
+    """The step from text to token ids, with PaliGemma's tokenizer unless another is given."""
+    return Tokenize(TOKENIZER, max_length=config.tokenizer_max_length, ending=ending)
+
+
+# --- what is trained ---------------------------------------------------------------------------------------
+
+
+def set_precision(policy: nn.Module, dtype: str) -> None:
+    """bfloat16 for the decoder's matrices and the table; vision, norms and projections stay in float32.
+
+    Source: LeRobot `policies/pi0/modeling_pi0.py`, to_bfloat16_for_selected_params.
+    """
+    if dtype == "float32":
+        return
+    for name, parameter in policy.named_parameters():
+        if name.startswith("paligemma.") and not any(
+            part in name for part in ("vision", "projector", "norm")
+        ):
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def freeze(paligemma: PaliGemma, *, vision: bool, language: bool) -> None:
+    """No gradient for SigLIP (`vision`), or for all of PaliGemma (`language`): the expert alone learns."""
+    frozen: list[nn.Module] = [paligemma.vision] if vision or language else []
+    if language:
+        frozen += [paligemma.projector, paligemma.embedding, paligemma.decoder.stream("prefix")]
+    for module in frozen:
+        module.requires_grad_(False)
+
+
+def unused_by_suffix(config: DecoderConfig) -> dict[str, str]:
+    """What of the language stream's last layer nobody looks at: the suffix sees its keys and values only."""
+    last = f"paligemma.decoder.streams.prefix.layers.{config.layers - 1}."
+    parts = ("q_proj", "o_proj", "post_norm", "gate_proj", "up_proj", "down_proj")
+    names = [*(f"{last}{part}.weight" for part in parts), "paligemma.decoder.streams.prefix.norm.weight"]
+    return dict.fromkeys(names, "no effect: of the last layer the suffix sees keys and values only")
+
+
+def describe_images(images: Mapping[str, Any], grid: tuple[int, int]) -> list[Any]:
+    """The segments of SigLIP's own sequence, for a trace."""
+    from minivla.segments import Segment
+
+    first = next(iter(images))
+    return [Segment("patches", "image", grid[0] * grid[1], grid=grid, image=first)]
