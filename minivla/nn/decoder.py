@@ -177,16 +177,19 @@ class DecoderLayer(nn.Module):
         if c.qk_norm:
             self.q_norm, self.k_norm = (RMSNorm(c.head_dim, **norm) for _ in range(2))
 
-    def project(self, x: Tensor, turn: Rotation, *, asks: bool) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Queries (None unless it `asks`), keys and values of normed tokens (B, L, D), turned by position."""
+    def query(self, x: Tensor, turn: Rotation) -> Tensor:
+        """Queries of normed tokens (B, L, D), turned by position: (B, heads, L, head_dim)."""
+        query = self._heads(self.q_proj(x))
+        return rotate(self.q_norm(query)[0] if self.config.qk_norm else query, turn)
+
+    def key_value(self, x: Tensor, turn: Rotation) -> tuple[Tensor, Tensor]:
+        """Keys, turned by position, and values of normed tokens: (B, kv_heads, L, head_dim) each."""
+        key = self._heads(self.k_proj(x))
+        return rotate(self.k_norm(key)[0] if self.config.qk_norm else key, turn), self._heads(self.v_proj(x))
+
+    def _heads(self, x: Tensor) -> Tensor:
         split = "batch token (heads width) -> batch heads token width"
-        width = self.config.head_dim
-        key, value = (rearrange(p(x), split, width=width) for p in (self.k_proj, self.v_proj))
-        query = rearrange(self.q_proj(x), split, width=width) if asks else None
-        if self.config.qk_norm:
-            key = self.k_norm(key)[0]
-            query = None if query is None else self.q_norm(query)[0]
-        return None if query is None else rotate(query, turn), rotate(key, turn), value
+        return rearrange(x, split, width=self.config.head_dim)
 
     def finish(self, tokens: Tensor, seen: Tensor, gate: Tensor | None, condition: Tensor | None) -> Tensor:
         """What attention brought, seen (B, heads, L, head_dim), onto the residual stream; then the MLP."""
@@ -293,12 +296,12 @@ class Decoder(nn.Module):
         layers = {name: self.stream(name).layer(i) for name in tokens}
         turns = dict(zip(tokens, _split(joint.turn, tokens), strict=True))
         normed = {n: layer.input_norm(tokens[n], joint.conditions.get(n)) for n, layer in layers.items()}
-        parts = {n: layers[n].project(normed[n][0], turns[n], asks=n in asking) for n in tokens}
-        key, value = (torch.cat([part[which] for part in parts.values()], dim=-2) for which in (1, 2))
+        shared = [layer.key_value(normed[n][0], turns[n]) for n, layer in layers.items()]
+        key, value = (torch.cat(parts, dim=-2) for parts in zip(*shared, strict=True))
         key, value = joint.with_past(i, key, value)
         if not asking:
             return {}
-        query = torch.cat([parts[n][0] for n in asking], dim=-2)
+        query = torch.cat([layers[n].query(normed[n][0], turns[n]) for n in asking], dim=-2)
         seen = attend(
             query, key, value, _rows(joint.mask, tokens, asking), site=f"joint.{i}", start=joint.start
         )

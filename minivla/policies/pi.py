@@ -67,10 +67,11 @@ class PI0Config(VLAConfig):
     min_period, max_period: of the codes of time
     freeze_vision_encoder, train_expert_only: what learns
     expert_size: numbers that replace those of the expert's variant (minivla only)
+    noise_draws: noises and times that training draws for each observation (minivla only)
     """
 
     type: ClassVar[str] = "pi0"
-    MINIVLA_FIELDS: ClassVar[tuple[str, ...]] = (*VLAConfig.MINIVLA_FIELDS, "expert_size")
+    MINIVLA_FIELDS: ClassVar[tuple[str, ...]] = (*VLAConfig.MINIVLA_FIELDS, "expert_size", "noise_draws")
 
     normalization_mapping: dict[str, NormalizationMode] = field(
         default_factory=lambda: {
@@ -233,25 +234,42 @@ class PI0(Policy):
 
         noise (B, H, max_action_dim), time (B,) in [0, 1], 1 = noise; drawn if not given. With `upstream`
         "openpi" the padded dimensions count too. Steps that are padding (`action_is_pad`) count, as upstream.
+        With several `noise_draws` B counts these, sample by sample: what is seen is looked at once for all.
         """
         c = self.config
         action = pad(batch[ACTION], c.max_action_dim, ACTION).to(self.action_in_proj.weight.dtype)
+        action, state = (x.repeat_interleave(c.noise_draws, dim=0) for x in (action, self.state(batch)))
         noise = flow.draw_noise(action.shape, action, generator) if noise is None else noise
         time = self.draw_time(len(action), generator).to(action) if time is None else time
         x = flow.interpolate(action, noise, time, flow.PI)
         target = flow.velocity_target(action, noise, flow.PI)
-        prefix, suffix = self.embed_prefix(batch), self.embed_suffix(self.state(batch), x, time)
-        mask, positions = self.lay_out(prefix, suffix)
-        out = self.paligemma.decoder(
-            {"prefix": prefix.tokens, "suffix": suffix.tokens}, mask, positions,
-            conditions=_conditions(suffix), outcome=("suffix",),
-        )  # fmt: skip
-        velocity = self.velocity(out["suffix"])
+        velocity = self.velocity(self._joint(self.embed_prefix(batch), self.embed_suffix(state, x, time)))
         for name, value in (("noisy", x), ("target", target)):
             recorder.keep(name, self.real(value))
         error = F.mse_loss(velocity, target, reduction="none")
         error = error if c.upstream == "openpi" else self.real(error)
         return error.mean(), {}
+
+    def _joint(self, prefix: Prefix, suffix: Suffix) -> Tensor:
+        """The suffix's last hidden states (B, L, D), beside its prefix or, n to one, behind what it left."""
+        decoder, n = self.paligemma.decoder, self.config.noise_draws
+        mask, positions = self.lay_out(prefix, suffix)
+        both, conditions = {"prefix": prefix.tokens, "suffix": suffix.tokens}, _conditions(suffix)
+        if n == 1:
+            return decoder(both, mask, positions, conditions=conditions, outcome=("suffix",))["suffix"]
+        cache, length = Cache(), prefix.tokens.shape[1]
+        decoder(
+            {"prefix": prefix.tokens},
+            mask[:, :length, :length],
+            positions[:, :length],
+            cache=cache,
+            outcome=(),
+        )
+        again = Cache(*([x.repeat_interleave(n, dim=0) for x in kept] for kept in (cache.keys, cache.values)))
+        mask, positions = (x[:, length:].repeat_interleave(n, dim=0) for x in (mask, positions))
+        return decoder(
+            {"suffix": suffix.tokens}, mask, positions, conditions=conditions, cache=again, keep=False
+        )["suffix"]
 
     @torch.no_grad()
     def predict_action_chunk(
@@ -298,8 +316,9 @@ class PI0(Policy):
         field: flow.Field = velocity
         if c.rtc_config is not None and RTCConfig(**c.rtc_config).enabled:
             delay, rtc = inference_delay or 0, RTCConfig(**c.rtc_config)
-            options = {"execution_horizon": execution_horizon}
-            field = guide(velocity, prev_chunk_left_over, delay, rtc, flow.PI, **options)
+            field = guide(
+                velocity, prev_chunk_left_over, delay, rtc, flow.PI, execution_horizon=execution_horizon
+            )
         chunk = flow.euler(field, noise, c.num_inference_steps if steps is None else steps, flow.PI)
         if (call := recorder.current()) is not None and call.flow is not None:
             call.flow = replace(call.flow, x=self.real(call.flow.x), v=self.real(call.flow.v))
