@@ -73,7 +73,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, width: int, *, eps: float = 1e-6, offset: float = 1.0, condition: int = 0) -> None:
         super().__init__()
-        self.eps, self.offset, self.condition = eps, offset, condition
+        self.eps, self.offset, self.condition, self.name = eps, offset, condition, "norm"
         if condition:
             self.dense = nn.Linear(condition, 3 * width)
             nn.init.zeros_(self.dense.weight)  # upstream in JAX zeroes the bias too; its ports do not
@@ -89,6 +89,8 @@ class RMSNorm(nn.Module):
             raise ValueError("an adaptive norm needs its condition (B, C), and none was given")
         told = rearrange(self.dense(condition.to(self.dense.weight.dtype)), "batch d -> batch 1 d")
         scale, shift, gate = told.chunk(3, dim=-1)
+        for part, value in (("scale", scale), ("shift", shift), ("gate", gate)):
+            recorder.keep_step(f"{self.name}.{part}", rearrange(value, "batch 1 d -> batch d"))
         normed = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
         return torch.addcmul(shift.float(), normed, 1 + scale.float()).to(x.dtype), gate.to(x.dtype)
 
@@ -230,7 +232,8 @@ class Decoder(nn.Module):
     """Streams by name, e.g. {"prefix": DecoderConfig(…), "suffix": DecoderConfig(…)}, in sequence order.
 
     `checkpointing` recomputes each layer in the backward pass to save memory. A trace finds the attention of
-    layer i at "joint.i", every stream's hidden state after it at "name.i", and after the last norm at "name".
+    layer i at "joint.i", every stream's hidden state after it at "name.i", and after the last norm at "name";
+    what steers adaptive norms at "name.i.input_norm.scale" (shift, gate), and each run as a `recorder.Pass`.
     Raises ValueError when the streams' attentions do not fit together.
     """
 
@@ -245,6 +248,14 @@ class Decoder(nn.Module):
         self.config = next(iter(streams.values()))
         self.streams = nn.ModuleDict({name: Stream(config) for name, config in streams.items()})
         self.checkpointing = False
+        for place, norm in self.streams.named_modules():
+            if isinstance(norm, RMSNorm):
+                norm.name = place.replace(".layers.", ".")
+
+    @property
+    def sites(self) -> list[str]:
+        """Where a trace finds its attention."""
+        return [f"joint.{i}" for i in range(self.config.layers)]
 
     def forward(
         self,
@@ -269,6 +280,7 @@ class Decoder(nn.Module):
         dtype = next(iter(tokens.values())).dtype
         turn = rotation(positions, self.config.head_dim, self.config.rope_base, dtype)
         joint = Joint(mask, turn, conditions or {}, cache, keep, 0 if cache is None else len(cache))
+        recorder.passed(self.told(tokens, joint))
         for i in range(self.config.layers):
             asking = wanted if i + 1 == self.config.layers else tuple(tokens)
             if self.checkpointing and self.training:
@@ -279,6 +291,14 @@ class Decoder(nn.Module):
         for name, x in done.items():
             recorder.keep(name, x)
         return done
+
+    def told(self, tokens: dict[str, Tensor], joint: Joint) -> recorder.Pass:
+        """What one run computes, reads from the cache and writes there, for a trace."""
+        c, computed = self.config, sum(x.shape[1] for x in tokens.values())
+        written = computed if joint.cache is not None and joint.keep else 0
+        size = next(iter(tokens.values())).element_size()
+        token = 2 * c.layers * c.kv_heads * c.head_dim * size
+        return recorder.Pass(tuple(tokens), computed, joint.start, written, token)
 
     def stream(self, name: str) -> Stream:
         """One stream by name."""

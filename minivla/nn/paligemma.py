@@ -13,12 +13,13 @@ Sources: Beyer et al. 2024 (arXiv 2407.07726); transformers `models/paligemma`; 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from minivla import recorder
 from minivla.nn.compact_vision import CompactVision
 from minivla.nn.decoder import Decoder, DecoderConfig
 from minivla.nn.vit import ViT, ViTConfig
@@ -59,6 +60,15 @@ class Prefix:
     tokens: Tensor
     valid: Tensor
     segments: list[Segment]
+
+    def without_padding(self) -> Prefix:
+        """Without the places that are padding in every sample: what follows from the others is the same."""
+        real = self.valid.any(dim=0)
+        if real.all():
+            return self
+        counts = real.split([s.length for s in self.segments])
+        segments = [replace(s, length=int(c.sum())) for s, c in zip(self.segments, counts, strict=True)]
+        return Prefix(self.tokens[:, real], self.valid[:, real], segments)
 
 
 class PaliGemma(nn.Module):
@@ -103,11 +113,13 @@ class PaliGemma(nn.Module):
         empty, and nobody looks there. ids (B, L), valid (B, L) bool: the prompt and which of it is real.
         """
         present = {camera: image for camera, image in images.items() if image is not None}
-        patches = self.embed_images(torch.cat(list(present.values()))).chunk(len(present))
+        names, length = camera_names(images), self.grid[0] * self.grid[1]
+        segments = [Segment(names[c], "image", length, grid=self.grid, image=c) for c in images]
+        with recorder.apart([s for s in segments if s.image in present]):
+            patches = self.embed_images(torch.cat(list(present.values()))).chunk(len(present))
         seen = dict(zip(present, patches, strict=True))
         blank = torch.zeros_like(patches[0])
-        names, length = camera_names(images), blank.shape[1]
-        segments = [Segment(names[c], "image", length, grid=self.grid, image=c) for c in images]
+        recorder.spell("prompt", ids)
         words = self.embed_words(ids)
         there = torch.tensor([camera in present for camera in images], device=valid.device)
         real = repeat(there, "camera -> batch (camera patch)", batch=len(ids), patch=length)

@@ -18,7 +18,6 @@ from types import NoneType
 from typing import Any, ClassVar, Self, get_args, get_type_hints
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minivla.data.features import (
@@ -34,6 +33,7 @@ from minivla.data.features import (
 )
 from minivla.data.processors import Pipeline, make_pipelines, write_pipeline
 from minivla.data.raw import to_batch
+from minivla.data.tensors import write_tensors
 from minivla.files import atomic_folder
 
 Batch = Mapping[str, Any]  # LeRobot's keys to tensors, and "task" to a list of sentences
@@ -122,6 +122,14 @@ class PolicyConfig:
         return {"type": self.type, **plain, **extra}
 
     @classmethod
+    def modernise(cls, content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """A `config.json` of an older upstream in today's fields, and what became of those that are no more.
+
+        Raises ValueError for a setting that today's code cannot follow.
+        """
+        return dict(content), []
+
+    @classmethod
     def from_json(cls, content: Mapping[str, Any], **overrides: Any) -> Self:
         """A config out of `config.json`, some fields overridden.
 
@@ -188,15 +196,19 @@ class Policy(nn.Module):
     are made (None: the policy computes on normalised batches, but `preprocess` and `postprocess` refuse). A
     dimension that never varies in them is refused by name, unless `allow_constant`.
 
-    A subclass sets `name` and `config_class`, and the table of its checkpoint's names: CHECKPOINT_NAMES,
-    (regex, replacement) pairs that turn our parameter names into upstream's, and IGNORED_KEYS, {regex:
-    reason} for upstream keys that are left out on purpose.
+    A subclass sets `name` and `config_class`, and what its checkpoints are like, by upstream's names:
+    CHECKPOINT_NAMES  (regex, replacement) pairs that turn our parameter names into upstream's
+    IGNORED_KEYS      {regex: reason} for keys that are left out on purpose
+    STAND_INS         {name: other}: where a file lacks the first, it stored the two as one, under the other
+    `canonical_names` knows other names that files were published with, `extra_tensors` what upstream needs
+    to find in a file and nobody uses.
     """
 
     name: ClassVar[str]
     config_class: ClassVar[type[PolicyConfig]]
     CHECKPOINT_NAMES: ClassVar[tuple[tuple[str, str], ...]] = ()
     IGNORED_KEYS: ClassVar[dict[str, str]] = {}
+    STAND_INS: ClassVar[dict[str, str]] = {}
     resizes_images: ClassVar[bool] = False  # does it bring images of any size to its own?
 
     def __init__(
@@ -224,6 +236,20 @@ class Policy(nn.Module):
         for pattern, replacement in cls.CHECKPOINT_NAMES:
             name = re.sub(pattern, replacement, name)
         return name
+
+    @classmethod
+    def canonical_names(cls, keys: Iterable[str]) -> dict[str, str]:
+        """Stored key → upstream's name today, for all keys of a checkpoint: families whose files were
+        published under several names say here what is what. Two keys may not end under one name.
+        """
+        return {key: key for key in keys}
+
+    def extra_tensors(self) -> dict[str, Tensor]:
+        """What `save` writes beside our own tensors, by upstream's names: upstream refuses a folder without.
+
+        Nothing is copied: a tensor of ours may stand under a second name, zeros may be one, expanded.
+        """
+        return {}
 
     @property
     def inert(self) -> dict[str, str]:
@@ -301,6 +327,7 @@ class Policy(nn.Module):
         """Forget the episode, actions and observations: call it whenever the environment is reset."""
         self._queue: deque[Tensor] = deque()
         self._seen: deque[dict[str, Tensor]] = deque(maxlen=self.config.n_obs_steps)
+        self._relative_to: Tensor | None = None  # the state that the queue's actions are relative to
 
     @torch.no_grad()
     def select_action(self, batch: Batch) -> Tensor:
@@ -308,6 +335,7 @@ class Policy(nn.Module):
         empty.
 
         `batch` is this moment's observation, (B, …); policies that see several keep the others themselves.
+        Where actions are relative to the state, `postprocess` then adds the one their chunk was predicted from.
         Raises ValueError when the batch size changes in the middle of an episode, or for a time axis.
         """
         self.eval()
@@ -315,7 +343,10 @@ class Policy(nn.Module):
         if not self._queue:
             chunk = self.predict_action_chunk(self._with_history(batch))
             self._queue.extend(chunk[:, : self.config.n_action_steps].unbind(dim=1))
+            self._relative_to = self.preprocessor.relative_to if self.preprocessor else None
         expect_batch_size(batch, len(self._queue[0]))
+        if self.preprocessor and self._relative_to is not None:
+            self.preprocessor.relative_to = self._relative_to
         return self._queue.popleft()
 
     def _remember(self, batch: Batch) -> None:
@@ -376,14 +407,10 @@ class Policy(nn.Module):
             )
         state = self.state_dict(keep_vars=True)
         first = {id(tensor): name for name, tensor in reversed(state.items())}  # tied tensors are stored once
-        tensors = {
-            self.upstream_name(name): state[name].detach().cpu().contiguous() for name in first.values()
-        }
-        if dtype is not None:
-            tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+        tensors = {self.upstream_name(name): state[name] for name in first.values()} | self.extra_tensors()
         with atomic_folder(folder) as staging:
             (staging / "config.json").write_text(json.dumps(self.config.to_json(), indent=2) + "\n")
-            save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
+            write_tensors(staging / "model.safetensors", tensors, dtype=dtype)
             for pipeline, name in (
                 (self.preprocessor, "preprocessor"),
                 (self.postprocessor, "postprocessor"),

@@ -91,6 +91,7 @@ class PI0Config(VLAConfig):
     freeze_vision_encoder: bool = False
     train_expert_only: bool = False
     expert_size: dict[str, Any] = field(default_factory=dict)
+    noise_draws: int = 1
 
     @property
     def expert(self) -> DecoderConfig:
@@ -244,6 +245,7 @@ class PI0(Policy):
         x = flow.interpolate(action, noise, time, flow.PI)
         target = flow.velocity_target(action, noise, flow.PI)
         velocity = self.velocity(self._joint(self.embed_prefix(batch), self.embed_suffix(state, x, time)))
+        recorder.keep_step("time", time)
         for name, value in (("noisy", x), ("target", target)):
             recorder.keep(name, self.real(value))
         error = F.mse_loss(velocity, target, reduction="none")
@@ -295,6 +297,7 @@ class PI0(Policy):
         if noise is None:
             shape = (len(prefix.tokens), c.chunk_size, c.max_action_dim)
             noise = flow.draw_noise(shape, self.action_in_proj.weight, generator)
+        recorder.keep("noise", noise)
         mask, positions = self.lay_out(prefix, self.embed_suffix(state, noise, noise.new_ones(1)))
         cache, length = Cache(), prefix.tokens.shape[1]
         self.paligemma.decoder(
@@ -307,6 +310,7 @@ class PI0(Policy):
 
         def velocity(x: Tensor, time: Tensor) -> Tensor:
             suffix = self.embed_suffix(state, x, time)
+            recorder.keep_step("time", time)
             out = self.paligemma.decoder(
                 {"suffix": suffix.tokens}, mask[:, length:], positions[:, length:],
                 conditions=_conditions(suffix), cache=cache, keep=False,
@@ -325,8 +329,10 @@ class PI0(Policy):
         return self.real(chunk)
 
     def embed_prefix(self, batch: Batch) -> Prefix:
-        """What is seen and read."""
-        return self.paligemma.embed_prefix(look(self.config, batch), *prompt(batch))
+        """What is seen and read; a trace is shown the padding too, which nobody looks at."""
+        prefix = self.paligemma.embed_prefix(look(self.config, batch), *prompt(batch))
+        whole = recorder.current() is not None or self.config.compile_model  # compiled code wants one shape
+        return prefix if whole else prefix.without_padding()
 
     def state(self, batch: Batch) -> Tensor:
         """The robot's state, padded (B, max_state_dim)."""
