@@ -44,7 +44,7 @@ bench: install ## speed and memory: Tabletop, and minivla beside LeRobot on the 
 	$(PY) -m benchmarks $(ARGS)
 
 ledger: install ## run the parity tests and write what they measured to book/ledger
-	$(OFFLINE) MINIVLA_LEDGER=1 $(PYTEST) $(wildcard tests/policies/test_*_parity.py) $(ARGS)
+	$(OFFLINE) MINIVLA_LEDGER=1 $(PYTEST) $(wildcard tests/policies/test_*_parity.py tests/policies/test_*_layouts.py) $(ARGS)
 
 notebooks: install ## run every chapter again and store its outputs (ARGS=notebooks/02_act.ipynb for one)
 	$(OFFLINE) $(PY) tools/run_notebooks.py $(ARGS)

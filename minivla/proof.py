@@ -141,17 +141,15 @@ def _prove(call: Call, names: Sequence[str], most: int, seed: int, exact: bool) 
     segments, mask = _promise(call, names)
     reach = _closure(mask)
     probes = [call.entered[name] for name in names]
-    leaving = torch.cat([call.hidden[name] for name in names], dim=1)
-    direction = torch.randn(leaving.shape[-1], generator=torch.Generator().manual_seed(seed)).to(leaving)
+    leaving = [_projected(call.hidden[name][: len(mask)], seed) for name in names]
+    values = torch.cat(leaving, dim=1)
     asked = _chosen(segments, most)
-    passed = torch.stack(
-        [_gradient((leaving[: len(mask), i] @ direction).sum(), probes)[: len(mask)] for i in asked], dim=1
-    )
+    passed = torch.stack([_gradient(values[:, i].sum(), probes)[: len(mask)] for i in asked], dim=1)
     may, reached = mask[:, asked], reach[:, asked]
     return Proven(
         " → ".join(names),
         rows=len(asked),
-        tokens=leaving.shape[1],
+        tokens=values.shape[1],
         closed=int((~may).sum()),
         open=int(may.sum()),
         second_hand=int((reached & ~may).sum()),
@@ -187,11 +185,18 @@ def _closure(mask: Tensor) -> Tensor:
     return reach
 
 
+def _projected(leaving: Tensor, seed: int) -> Tensor:
+    """One number for each token that leaves a stack, (B, L, D) to (B, L): along a random direction."""
+    direction = torch.randn(leaving.shape[-1], generator=torch.Generator().manual_seed(seed))
+    return leaving @ direction.to(leaving)
+
+
 def _gradient(value: Tensor, probes: Sequence[Tensor]) -> Tensor:
     """How much of each entering token reaches `value`: (B, L), the largest absolute gradient over width."""
     gradients = torch.autograd.grad(value, probes, retain_graph=True, allow_unused=True)
     found = [torch.zeros_like(p) if g is None else g for p, g in zip(probes, gradients, strict=True)]
-    return torch.cat(found, dim=1).abs().amax(dim=-1)
+    least = min(len(g) for g in found)  # of a stack that runs several times a sample, the first are asked
+    return torch.cat([g[:least].abs().amax(dim=-1) for g in found], dim=1)
 
 
 def _chosen(segments: Sequence[Segment], most: int) -> list[int]:
@@ -240,12 +245,19 @@ def _with_actions(policy: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _training(policy: nn.Module) -> Iterator[None]:
-    """Training mode for everything but the batch norms, whose running means would move."""
+    """Training mode for everything but the batch norms, whose running means would move; without gradient
+    checkpointing, which would compute each layer anew for every token that is asked.
+    """
     modes = {module: module.training for module in policy.modules()}
+    saving = [module for module in modes if getattr(module, "checkpointing", False)]
     for module in modes:
         module.training = not isinstance(module, nn.modules.batchnorm._BatchNorm)
+    for module in saving:
+        vars(module)["checkpointing"] = False
     try:
         yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+        for module in saving:
+            vars(module)["checkpointing"] = True

@@ -1,6 +1,10 @@
 """What blocks call to be seen: nothing happens unless a trace is open and its policy runs.
 
-    recorder.keep("encoder", tokens)                      a hidden state, under a name
+    recorder.keep("encoder", tokens)                      a hidden state, under a name; the last one counts
+    recorder.keep_step("suffix.0.input_norm.gate", gate)  the same where every step of a sampler counts
+    recorder.spell("prompt", ids)                         which words a segment's tokens are
+    recorder.passed(Pass(…))                              a network with a key/value cache ran once
+    with recorder.apart(cameras): …                       a batch is several pictures of each sample
     call.record_attention(site, query, key, mask)         who looks at whom, recomputed from queries and keys
     call.describe(segments, mask); call.lay_out(...)      what the tokens are, told by the policy
 
@@ -21,7 +25,7 @@ import torch
 from einops import einsum, repeat
 from torch import Tensor
 
-from minivla.segments import Segment
+from minivla.segments import Segment, arrange
 
 
 class NotKept(KeyError, ValueError):
@@ -72,7 +76,45 @@ def paused() -> Iterator[None]:
 def keep(name: str, value: Tensor) -> None:
     """Keep a hidden state under a name ("encoder", "latent"); does nothing when no trace is on."""
     if (call := current()) is not None:
-        call.hidden[name] = value if call.proving else value.detach()
+        for place, (part,) in call.apart(name, value):
+            call.hidden[place] = part if call.proving else part.detach()
+
+
+def keep_step(name: str, value: Tensor) -> None:
+    """Keep a value each time it is told: a call's `steps[name]` is (N, …), one entry for each of N times."""
+    if (call := current()) is not None:
+        call.told.setdefault(name, []).append(value.detach())
+
+
+def spell(segment: str, ids: Tensor) -> None:
+    """The tokens of a segment are the words `ids` (B, L): a trace with a tokenizer writes them out."""
+    if (call := current()) is not None:
+        call.ids[segment] = ids.detach()
+
+
+def passed(run: Pass) -> None:
+    """A network with a key/value cache ran once."""
+    if (call := current()) is not None:
+        call.passes.append(run)
+
+
+@contextmanager
+def apart(pictures: Sequence[Segment]) -> Iterator[None]:
+    """Inside, a batch (pictures · B, …) is several pictures of each sample: all first ones, then the next.
+
+    What is told of "vision" and "vision.3" is kept apart as "vision.table" and "vision.table.3": a camera's
+    stack of its own, with B samples. `pictures` are the segments that the pictures become, in that order.
+    """
+    if (call := current()) is None:
+        yield
+        return
+    before, call.pictures = call.pictures, list(pictures)
+    for picture in pictures:
+        call.lay_out(f"*.{picture.name}.*", arrange([picture]), arrange([picture]))
+    try:
+        yield
+    finally:
+        call.pictures = before
 
 
 def enter(name: str, tokens: Tensor) -> Tensor:
@@ -83,8 +125,9 @@ def enter(name: str, tokens: Tensor) -> Tensor:
     """
     if (call := current()) is None or not call.proving:
         return tokens
-    call.entered[name] = torch.zeros_like(tokens, requires_grad=True)
-    return tokens + call.entered[name]
+    found = {place: torch.zeros_like(part, requires_grad=True) for place, (part,) in call.apart(name, tokens)}
+    call.entered.update(found)
+    return tokens + torch.cat(list(found.values()))
 
 
 @dataclass
@@ -98,6 +141,24 @@ class Flow:
     x: Tensor
     v: Tensor
     quantity: str = "velocity"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One run of a network that keeps keys and values: of one sample, tokens.
+
+    streams    which streams of the decoder ran
+    computed   tokens that went through it
+    read       tokens before them, whose keys and values it took from the cache
+    written    of the computed, those whose keys and values stay in the cache; 0 where all are forgotten
+    token      bytes that one token takes in the cache: keys and values of all layers
+    """
+
+    streams: tuple[str, ...]
+    computed: int
+    read: int
+    written: int
+    token: int
 
 
 @dataclass
@@ -120,6 +181,9 @@ class Call:
     masks       by site: (B, Q, K) bool;  attention by site: (B, heads, Q, K)
     sites       by site: (query segments, key segments)
     hidden      named hidden states;  chunk (B, H, A), normalised;  flow, for policies that integrate one
+    steps       by name, what is kept at each step of a sampler: (N, …)
+    passes      each run of a network with a key/value cache
+    ids, words  by segment, its tokens' numbers (B, L), and with a tokenizer B lists of strings
     """
 
     method: str
@@ -134,8 +198,14 @@ class Call:
     sites: dict[str, tuple[list[Segment], list[Segment]]] = field(default_factory=dict)
     hidden: dict[str, Tensor] = field(default_factory=dict)
     entered: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    steps: dict[str, Tensor] = field(default_factory=dict)
+    passes: list[Pass] = field(default_factory=list)
+    ids: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    words: dict[str, list[list[str]]] = field(default_factory=dict)
     chunk: Tensor | None = None
     flow: Flow | None = None
+    told: dict[str, list[Tensor]] = field(default_factory=dict, repr=False)
+    pictures: list[Segment] = field(default_factory=list, repr=False)
     layout: dict[str, tuple[list[Segment], list[Segment]]] = field(default_factory=dict, repr=False)
     rows: dict[str, dict[int, Rows]] = field(default_factory=dict, repr=False)
 
@@ -167,6 +237,16 @@ class Call:
         """
         self.layout[sites] = (list(queries), list(keys))
 
+    def apart(self, name: str, *values: Tensor) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
+        """A name and values as they are; inside `recorder.apart`, name and shares (B, …) of each picture."""
+        if not self.pictures:
+            yield name, values
+            return
+        stack, *rest = name.split(".")
+        shares = zip(*(value.chunk(len(self.pictures)) for value in values), strict=True)
+        for picture, share in zip(self.pictures, shares, strict=True):
+            yield ".".join([stack, picture.name, *rest]), share
+
     def record_attention(
         self,
         site: str,
@@ -185,9 +265,16 @@ class Call:
         prefill and decoding steps then add up to one picture, a row computed again replacing the older one.
         Without it, the last time a site is used in a call is what the call shows.
         """
+        open_ = torch.ones(1, 1, 1, dtype=torch.bool, device=query.device) if mask is None else mask
+        seen = open_.expand(len(query), query.shape[-2], key.shape[-2])
+        for place, parts in self.apart(site, query, key, seen):
+            self._record(place, *parts, start=start, scale=scale)
+
+    def _record(
+        self, site: str, query: Tensor, key: Tensor, seen: Tensor, *, start: int | None, scale: float | None
+    ) -> None:
+        """One site's queries, keys and mask (B, Q, K)."""
         (batch, heads, queries, width), keys = query.shape, key.shape[-2]
-        seen = torch.ones(1, 1, 1, dtype=torch.bool, device=query.device) if mask is None else mask
-        seen = seen.expand(batch, queries, keys)
         weights = None
         if self.wants(site, 4 * batch * heads * queries * keys):
             wide = torch.promote_types(query.dtype, torch.float32)
@@ -216,6 +303,8 @@ class Call:
             if kept:
                 self.attention[site] = _joined(kept, queries, keys)
         self.rows.clear()
+        self.steps = {name: torch.stack(values) for name, values in self.told.items() if _alike(values)}
+        self.told.clear()
 
     def segments_at(self, site: str, queries: int, keys: int) -> tuple[list[Segment], list[Segment]]:
         """Query and key segments of a site. Raises ValueError when they do not add up to the sequence."""
@@ -231,16 +320,25 @@ class Call:
         return found
 
 
+def _alike(values: Sequence[Tensor]) -> bool:
+    """Do they stack? A value told once for a whole batch and once for each sample does not."""
+    return len({value.shape for value in values}) == 1
+
+
 def _told(segments: Sequence[Segment]) -> str:
     return ", ".join(f"{s.name} {s.length}" for s in segments)
 
 
 def _joined(parts: Sequence[tuple[int, Tensor]], queries: int, keys: int) -> Tensor:
-    """Blocks of rows (..., q, k), each with its first row, in one (..., queries, keys); nothing elsewhere."""
-    first = parts[0][1]
+    """Blocks of rows (B, ..., q, k), each with its first row, in one (B, ..., queries, keys), else nothing.
+
+    Of a block with fewer samples each stands for several of the others: one look, several draws of noise.
+    """
+    first, size = parts[0][1], max(len(part) for _, part in parts)
     if len(parts) == 1 and tuple(first.shape[-2:]) == (queries, keys):
         return first
-    whole = first.new_zeros(*first.shape[:-2], queries, keys)
+    whole = first.new_zeros(size, *first.shape[1:-2], queries, keys)
     for start, part in parts:
-        whole[..., start : start + part.shape[-2], : part.shape[-1]] = part
+        rows = part.repeat_interleave(size // len(part), dim=0)
+        whole[..., start : start + part.shape[-2], : part.shape[-1]] = rows
     return whole

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from minivla import recorder
-from minivla.recorder import Call, Flow, NotKept
+from minivla.recorder import Call, Flow, NotKept, Pass
 from minivla.segments import Segment
 
 if TYPE_CHECKING:
@@ -154,14 +154,35 @@ def _sites(policy: Any) -> list[str]:
 
     if upstream.is_lerobot(policy):
         return upstream.sites(policy)
-    return [site for module in policy.modules() if (site := getattr(module, "site", ""))]
+    found = ([getattr(m, "site", ""), *getattr(m, "sites", ())] for m in policy.modules())
+    return [site for named in found for site in named if site]
+
+
+def _tokenizer_of(policy: Any) -> Any:
+    """The tokenizer in a policy's preprocessor, if it was loaded; to load one may need a network."""
+    steps = getattr(getattr(policy, "preprocessor", None), "steps", ())
+    return next((t for step in steps if (t := getattr(step, "tokenizer", None)) is not None), None)
+
+
+def _spelled(ids: Tensor, tokenizer: Any) -> list[list[str]]:
+    """Token ids (B, L) as text, each on its own; a word's space stays before it. Ids that the tokenizer does
+    not know become "?".
+    """
+    size = len(tokenizer)
+    rows = [
+        [tokenizer.convert_ids_to_tokens(i) if 0 <= i < size else None for i in row] for row in ids.tolist()
+    ]
+    return [["?" if word is None else word.replace("▁", " ") for word in row] for row in rows]
 
 
 class Trace:
     """A look inside a policy; make one with `minivla.trace`."""
 
-    def __init__(self, policy: Any, *, attention: bool | str | Sequence[str] = True) -> None:
+    def __init__(
+        self, policy: Any, *, attention: bool | str | Sequence[str] = True, tokenizer: Any = None
+    ) -> None:
         self.policy = policy
+        self.tokenizer = tokenizer
         self.calls: list[Call] = []
         named = [attention] if isinstance(attention, str) else attention
         self._wanted = ["*"] if named is True else list(named or [])
@@ -227,6 +248,8 @@ class Trace:
             result = function(batch, *args, **(options or {}))
         if method == "predict_action_chunk":
             call.chunk = result.detach().clone()
+        if (tokenizer := self.tokenizer or _tokenizer_of(self.policy)) is not None:
+            call.words |= {name: _spelled(ids, tokenizer) for name, ids in call.ids.items()}
         self.calls.append(call)
         return result
 
@@ -270,6 +293,21 @@ class Trace:
         return self._last().hidden
 
     @property
+    def steps(self) -> dict[str, Tensor]:
+        """What is kept at each step of a sampler, by name: (N, …)."""
+        return self._last().steps
+
+    @property
+    def words(self) -> dict[str, list[list[str]]]:
+        """By segment, its tokens as B lists of strings; empty where no tokenizer is at hand."""
+        return self._last().words
+
+    @property
+    def passes(self) -> list[Pass]:
+        """Each run of a network with a key/value cache."""
+        return self._last().passes
+
+    @property
     def batch(self) -> Mapping[str, Any]:
         """The normalised batch of the last call."""
         return self._last().batch
@@ -292,11 +330,14 @@ class Trace:
         return self.calls[index]
 
     def plot_tokens(self, *, call: int = -1, **options: Any) -> Figure:
-        """The main sequence as a ribbon of named segments (`minivla.viz.tokens`)."""
-        from minivla.viz import tokens
+        """The main sequence as a ribbon of named segments, and its words where they are known, of sample 0
+        (`minivla.viz.tokens`).
+        """
+        from minivla.viz import attention, tokens
 
         seen = self.call(call)
-        return tokens.plot_tokens(seen.segments, **{"mask": seen.mask, **options})
+        known = {"mask": seen.mask, "words": attention.spoken(seen, 0)}
+        return tokens.plot_tokens(seen.segments, **{**known, **options})
 
     def plot_mask(
         self, site: str | None = None, *, call: int = -1, sample: int = 0, **options: Any
@@ -387,6 +428,24 @@ class Trace:
 
         return choice.plot_choice(self.policy, self.call(call), sample=sample, **options)
 
+    def plot_cache(self, *, call: int = -1, **options: Any) -> Figure:
+        """What each run of the decoder computes, reads from its cache and keeps there (`minivla.viz.cache`)."""
+        from minivla.viz import cache
+
+        return cache.plot_cache(self.call(call).passes, **options)
+
+    def plot_modulation(self, *, call: int = -1, sample: int = 0, **options: Any) -> Figure:
+        """Scale, shift and gate of the adaptive norms along the flow (`minivla.viz.modulation`)."""
+        from minivla.viz import modulation
+
+        return modulation.plot_modulation(self.call(call).steps, sample=sample, **options)
+
+    def plot_spelling(self, *, call: int = -1, sample: int = 0, **options: Any) -> Figure:
+        """What π0-FAST said, beside the chunk and the frequencies it spells (`minivla.viz.spelling`)."""
+        from minivla.viz import spelling
+
+        return spelling.plot_said(self.policy, self.call(call), sample=sample, **options)
+
     def explore(self, *, call: int = -1, sample: int = 0, **options: Any) -> Explorer:
         """One call as a piece of HTML to point at: what is each token, what may it see, what does it look at
         (`minivla.viz.explorer`).
@@ -412,7 +471,7 @@ class Trace:
         return None if getattr(self.policy, "postprocessor", None) is None else self.policy.postprocess
 
 
-def trace(policy: Any, *, attention: bool | str | Sequence[str] = True) -> Trace:
+def trace(policy: Any, *, attention: bool | str | Sequence[str] = True, tokenizer: Any = None) -> Trace:
     """Look inside `policy` while a block runs.
 
         with minivla.trace(policy) as t:
@@ -422,9 +481,10 @@ def trace(policy: Any, *, attention: bool | str | Sequence[str] = True) -> Trace
     wrapped by `torch.compile` or for distributed training is looked for inside its wrapper, and compiled code
     runs eagerly meanwhile. `attention` chooses the sites whose weights are recomputed and kept: True for all,
     or names with wildcards ("decoder.*.cross", or a list). Masks, segments and hidden states are always kept.
+    `tokenizer` writes the words of a prompt out; without it the preprocessor's does, once it was loaded.
     Costs nothing when it is off. Of several open traces of one policy the innermost records a call; a policy
     that runs inside another has calls of its own.
 
     Raises TypeError for what is no policy, and for a family of LeRobot's that cannot be looked into yet.
     """
-    return Trace(bare(policy), attention=attention)
+    return Trace(bare(policy), attention=attention, tokenizer=tokenizer)

@@ -82,7 +82,8 @@ def beta_time(
     Source: Black et al. 2024, appendix B; LeRobot `policies/common/flow_matching.py`, sample_time_beta.
     """
     first, second = (
-        torch._standard_gamma(torch.full((size,), shape), generator=generator) for shape in (alpha, beta)
+        torch._standard_gamma(torch.full((size,), float(shape)), generator=generator)
+        for shape in (alpha, beta)
     )
     return first / (first + second) * scale + offset
 

@@ -1,7 +1,8 @@
 """The receipt: what became of every key of a checkpoint, and of every tensor a policy needs.
 
 Both sides are compared by upstream's names and by shape; no data is looked at. A policy says how its own
-names become upstream's (CHECKPOINT_NAMES), and which upstream keys it leaves out and why (IGNORED_KEYS).
+names become upstream's (CHECKPOINT_NAMES), what older files call the same (`canonical_names`), which keys it
+leaves out and why (IGNORED_KEYS), and which one stands for another that a file lacks (STAND_INS).
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ LISTED = 12
 class Entry:
     """What became of one key.
 
-    key: upstream's name; status: one of STATUSES; ours: our tensor's name, if there is one;
-    shape: as stored (when missing: as needed); reason: why it is tied, ignored or refused.
+    key: the name in the file, or upstream's when it is not there; status: one of STATUSES; ours: our tensor's
+    name, if there is one; shape: as stored (when missing: as needed); reason: why it is tied, ignored or
+    refused; source: the stored key that fills a tensor of its own, when that is not `key`.
     """
 
     key: str
@@ -35,6 +37,7 @@ class Entry:
     ours: str | None
     shape: tuple[int, ...]
     reason: str = ""
+    source: str = ""
 
     def __str__(self) -> str:
         return f"{self.key}  {self.shape}" + (f"  {self.reason}" if self.reason else "")
@@ -45,12 +48,14 @@ class Receipt:
     """Every key accounted for. Printing it shows the counts and all that is not simply matched; `table()`
     shows all.
 
-    source, revision: where the checkpoint came from (revision: the hub's commit).
+    source, revision: where the checkpoint came from (revision: the hub's commit). notes: what became of
+    settings in config.json that no longer exist.
     """
 
     entries: list[Entry] = field(default_factory=list)
     source: str = ""
     revision: str | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def matched(self) -> list[Entry]:
@@ -92,7 +97,7 @@ class Receipt:
             entries = self._with(status)
             lines += [f"  {status:<10}  {entry}" for entry in entries[:LISTED]]
             lines += [f"  {status:<10}  … and {len(entries) - LISTED} more"] * (len(entries) > LISTED)
-        return "\n".join(lines)
+        return "\n".join(lines + [f"  config.json  {note}" for note in self.notes])
 
     def table(self) -> str:
         """All entries, a line each: upstream's key, our name, shape, status."""
@@ -130,30 +135,66 @@ def account(policy: Policy, stored: Mapping[str, StoredTensor], superseded: str 
 
     superseded: what is used in place of statistics among the weights, if anything is.
     """
-    needed = needed_tensors(policy)
-    entries = {
-        key: _explain(type(policy), found, needed.get(key), superseded) for key, found in stored.items()
-    }
-    names: dict[int, list[str]] = {}
-    for key, (_, tensor) in needed.items():
-        names.setdefault(id(tensor), []).append(key)
-    for keys in names.values():
-        present = [key for key in keys if key in stored]
-        for key in keys:
-            ours, tensor = needed[key]
-            if not present:
-                entries[key] = Entry(key, "missing", ours, tuple(tensor.shape))
-            elif key not in stored:
-                entries[key] = Entry(
-                    key, "tied", ours, tuple(tensor.shape), f"not stored, same as {present[0]}"
-                )
-            elif key != present[0] and entries[key].status == "matched":
-                entries[key] = replace(entries[key], status="tied", reason=f"same as {present[0]}")
+    needed, kind = needed_tensors(policy), type(policy)
+    keys, entries = _by_name(kind, stored, needed)
+    for name, key in keys.items():
+        entries[key] = _explain(kind, stored[key], name, needed.get(name), superseded)
+    shared: dict[int, list[str]] = {}
+    for name, (_, tensor) in needed.items():
+        shared.setdefault(id(tensor), []).append(name)
+    for names in shared.values():
+        present = [keys[name] for name in names if name in keys]
+        for name in names:
+            if name not in keys:
+                entries[name] = _absent(kind, name, needed[name], present, keys)
+            elif keys[name] != present[0] and entries[keys[name]].status == "matched":
+                tied = replace(entries[keys[name]], status="tied", reason=f"same as {present[0]}")
+                entries[keys[name]] = tied
     return _with_hints(list(entries.values()))
 
 
+def _by_name(
+    policy: type[Policy], stored: Mapping[str, StoredTensor], needed: Mapping[str, tuple[str, Tensor]]
+) -> tuple[dict[str, str], dict[str, Entry]]:
+    """Upstream's name → stored key; and an entry for each key whose name another one has already.
+
+    A key that stands in for an absent name, and is not needed itself, goes by that name.
+    """
+    names = policy.canonical_names(stored)
+    keys: dict[str, str] = {}
+    twice: dict[str, Entry] = {}
+    for key, found in stored.items():
+        first = keys.setdefault(names[key], key)
+        if first != key:
+            twice[key] = Entry(key, "unexpected", None, found.shape, f"{first} is the same tensor")
+    for name, other in policy.STAND_INS.items():
+        if name in needed and name not in keys and other in keys and other not in needed:
+            keys[name] = keys.pop(other)
+    return keys, twice
+
+
+def _absent(
+    policy: type[Policy],
+    name: str,
+    needed: tuple[str, Tensor],
+    present: list[str],
+    keys: Mapping[str, str],
+) -> Entry:
+    """A name that is not stored: another name of its tensor is, or one that stands in; or it is missing."""
+    ours, shape = needed[0], tuple(needed[1].shape)
+    if present:
+        return Entry(name, "tied", ours, shape, f"not stored, same as {present[0]}")
+    if source := keys.get(policy.STAND_INS.get(name, "")):
+        return Entry(name, "tied", ours, shape, f"not stored, same as {source}", source)
+    return Entry(name, "missing", ours, shape)
+
+
 def _explain(
-    policy: type[Policy], found: StoredTensor, ours: tuple[str, Tensor] | None, superseded: str
+    policy: type[Policy],
+    found: StoredTensor,
+    upstream: str,
+    ours: tuple[str, Tensor] | None,
+    superseded: str,
 ) -> Entry:
     if ours is not None:
         name, tensor = ours
@@ -167,7 +208,7 @@ def _explain(
             )
         return Entry(found.key, "matched", name, found.shape)
     for pattern, reason in policy.IGNORED_KEYS.items():
-        if re.fullmatch(pattern, found.key):
+        if re.fullmatch(pattern, upstream):
             return Entry(found.key, "ignored", None, found.shape, reason)
     if LEGACY_KEY.match(found.key):
         what = f"superseded by {superseded}" if superseded else "read into the preprocessor"

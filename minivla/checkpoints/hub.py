@@ -10,7 +10,10 @@ from pathlib import Path
 from minivla.checkpoints.stored import INDEX, WEIGHTS, StoredTensor, stored_tensor
 
 CHECKPOINTS = Path(__file__).parents[1] / "zoo" / "checkpoints"
-HUB_FILES = ["config.json", WEIGHTS, INDEX, "model-*.safetensors", "policy_*.json", "policy_*.safetensors"]
+HUB_FILES = [
+    "config.json", WEIGHTS, INDEX, "model-*.safetensors", "policy_*.json", "policy_*.safetensors",
+    "tokenizer/*", "action_tokenizer/*",
+]  # fmt: skip
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 

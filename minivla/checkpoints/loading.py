@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
-from minivla.checkpoints.account import CheckpointError, Receipt, account, needed_tensors
+from minivla.checkpoints.account import CheckpointError, Receipt, account
 from minivla.checkpoints.hub import download, download_headers, locate
 from minivla.checkpoints.stored import StoredTensor, read_headers, read_tensor
 from minivla.data.features import FeatureType, NormalizationMode, PolicyFeature
 from minivla.data.normalize import constant_dimensions, describe_constant
 from minivla.data.processors import Normalize, Pipeline, Step, make_pipelines, read_pipeline
+from minivla.data.relative import link
 from minivla.data.stats import LEGACY_KEY, legacy_stats
 from minivla.files import read_json
 from minivla.policies.base import Policy, PolicyConfig
@@ -39,12 +40,14 @@ POLICIES: dict[str, str] = {
     "vqbet": "minivla.policies.vqbet:VQBeT",
     "pi0": "minivla.policies.pi:PI0",
     "pi05": "minivla.policies.pi:PI05",
+    "pi0_fast": "minivla.policies.pi0_fast:PI0Fast",
 }
 """`type` in config.json → "module:Class"."""
 
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
 # These make a constructor fetch weights, which the folder is about to replace.
 FETCHING_FIELDS: dict[str, Any] = {"pretrained_backbone_weights": None}
+PRECISIONS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # by their names in a config's `dtype`
 # Saved processors were made from these, and would not follow if they alone were overridden.
 PROCESSOR_FIELDS = ("input_features", "output_features", "normalization_mapping")
 
@@ -67,7 +70,10 @@ def load(
     source: a shipped checkpoint's name (`list_checkpoints()`), a folder, or a hub repository, "owner/name".
     device: where to put it; None is the CPU, wherever the checkpoint was trained.
     dtype: of the floating-point weights; None is as stored, but float32 for float16, in which shipped
-    checkpoints are kept to be small. Buffers that are computed, and in no checkpoint, keep theirs.
+    checkpoints are kept to be small. Buffers that are computed, and in no checkpoint, keep theirs. Where a
+    config says the precision itself (π0's `dtype`), weights get what it says, whatever they are stored in,
+    as in LeRobot: "bfloat16" there means all but vision, norms and small projections, and so does
+    torch.bfloat16 here.
     revision: on the hub, a branch, tag or commit. `policy.receipt.revision` is the commit that was loaded.
     stats: statistics in place of the checkpoint's, such as `dataset.stats`. A checkpoint that lacks them is
     refused, unless they are given here, or `stats=None` says that this is known: then `preprocess` and
@@ -84,10 +90,10 @@ def load(
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}; expected a floating-point type such as torch.bfloat16, or None")
     folder, commit = locate(source, revision, download)
-    policy = _build(folder, {**overrides, "device": str(place)})
+    policy, notes = _build(folder, {**overrides, "device": str(place)}, dtype)
     stored = read_headers(folder)
     superseded = _superseding(folder, stats)
-    policy.receipt = Receipt(account(policy, stored, superseded), str(source), commit)
+    policy.receipt = Receipt(account(policy, stored, superseded), str(source), commit, notes)
     _refuse_misfits(policy)
     _refuse_false_ties(policy.receipt, stored)
     if changed := [name for name in PROCESSOR_FIELDS if name in overrides]:
@@ -115,8 +121,9 @@ def receipt(source: str | Path, *, revision: str | None = None, **overrides: Any
 
     folder, commit = locate(source, revision, fetch)
     stored = from_hub or read_headers(folder, whole=False)
-    entries = account(_build(folder, overrides), stored, _superseding(folder, FROM_CHECKPOINT))
-    return Receipt(entries, str(source), commit)
+    policy, notes = _build(folder, overrides)
+    entries = account(policy, stored, _superseding(folder, FROM_CHECKPOINT))
+    return Receipt(entries, str(source), commit, notes)
 
 
 def _check_device(device: str | torch.device | None) -> torch.device:
@@ -133,7 +140,10 @@ def _check_device(device: str | torch.device | None) -> torch.device:
 # --- config.json to a policy whose parameters have no memory yet -------------------------------------------
 
 
-def _build(folder: Path, overrides: dict[str, Any]) -> Policy:
+def _build(
+    folder: Path, overrides: dict[str, Any], dtype: torch.dtype | None = None
+) -> tuple[Policy, list[str]]:
+    """The policy, and notes on settings of an older config.json."""
     path = folder / "config.json"
     content = read_json(path)
     policy_class = _policy_class(content, path)
@@ -143,8 +153,11 @@ def _build(folder: Path, overrides: dict[str, Any]) -> Policy:
             f"{path} has use_peft: the folder holds adapters, no whole policy; merge them in and save again"
         )
     own = {f.name for f in fields(policy_class.config_class)}
+    if "dtype" in own and dtype in PRECISIONS:
+        overrides = {**overrides, "dtype": PRECISIONS[dtype]}
     quiet = {name: value for name, value in FETCHING_FIELDS.items() if name in own}
     try:
+        content, notes = policy_class.config_class.modernise(content)
         config = policy_class.config_class.from_json(content, **overrides, **quiet)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         error.add_note(
@@ -152,7 +165,7 @@ def _build(folder: Path, overrides: dict[str, Any]) -> Policy:
         )
         raise
     with _parameters_on_meta():
-        return policy_class(config)
+        return policy_class(config), notes
 
 
 def _policy_class(content: dict[str, Any], path: Path) -> type[Policy]:
@@ -161,6 +174,8 @@ def _policy_class(content: dict[str, Any], path: Path) -> type[Policy]:
         near = difflib.get_close_matches(str(name), POLICIES, n=1)
         hint = f", did you mean {near[0]!r}" if near else ""
         old = ". A folder from before LeRobot had types: convert it with a LeRobot of then" * (name is None)
+        if name is None and {"action_dim", "action_horizon"} <= content.keys():
+            old = '. This is openpi\'s: add "type": "pi0" or "pi05" to it, whichever it is'
         raise ValueError(f"{path} has type {name!r}{hint}; minivla knows {', '.join(sorted(POLICIES))}{old}")
     module, _, attribute = POLICIES[name].partition(":")
     found: type[Policy] = getattr(import_module(module), attribute)
@@ -265,13 +280,17 @@ def _fill(
     policy: Policy, stored: Mapping[str, StoredTensor], place: torch.device, dtype: torch.dtype | None
 ) -> None:
     """Read each tensor into place, one after the other; all names of a tied one get the same."""
-    needed = needed_tensors(policy)
+    state = policy.state_dict(keep_vars=True)
     names: dict[int, list[str]] = {}
-    for ours, old in needed.values():
-        names.setdefault(id(old), []).append(ours)
-    for entry in policy.receipt.matched:
-        found, (_, old) = stored[entry.key], needed[entry.key]
-        value = read_tensor(found, dtype=_final_dtype(found, old, dtype)).to(place)
+    for ours, tensor in state.items():
+        names.setdefault(id(tensor), []).append(ours)
+    own_precision = hasattr(policy.config, "dtype")
+    for entry in (*policy.receipt.matched, *(entry for entry in policy.receipt.tied if entry.source)):
+        found, old = stored[entry.source or entry.key], state[entry.ours]
+        kind = (
+            old.dtype if own_precision and dtype in (None, *PRECISIONS) else _final_dtype(found, old, dtype)
+        )
+        value = read_tensor(found, dtype=kind).to(place)
         if isinstance(old, nn.Parameter):
             value = nn.Parameter(value, requires_grad=old.requires_grad)
         for name in names[id(old)]:
@@ -324,6 +343,7 @@ def _processors(
         return None, None
     else:
         before, after = _legacy_pipelines(folder, config, buffers)
+    link(before.steps, after.steps)
     bare = [pipeline.name for pipeline in (before, after) if _lacks_statistics(pipeline)]
     if bare and stats is not None:
         raise ValueError(_no_statistics(folder, f"{' and '.join(bare)} came without any"))

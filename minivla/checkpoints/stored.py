@@ -19,24 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minivla.data.tensors import DTYPES
 from minivla.files import atomic_folder, read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 AGAIN = "copy, download or save it again"
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 CHUNK_BYTES = 1 << 24
 

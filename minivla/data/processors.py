@@ -24,6 +24,7 @@ from torch import Tensor
 
 from minivla.data.features import ACTION
 from minivla.data.normalize import Stats, as_stats
+from minivla.data.relative import link, source_of
 from minivla.data.steps import STEPS, AddBatch, Batch, Device, Normalize, Rename, Step, Unnormalize
 from minivla.files import atomic_write, read_json
 
@@ -58,6 +59,17 @@ class Pipeline:
     def stats(self) -> Stats:
         """The statistics of the first step that holds any; {} when none does."""
         return next((step.stats for step in self.steps if isinstance(step, Normalize) and step.stats), {})
+
+    @property
+    def relative_to(self) -> Tensor | None:
+        """The state (B, S) that actions are relative to, None when they are not (`minivla.data.relative`)."""
+        source = source_of(self.steps)
+        return None if source is None else source.reference
+
+    @relative_to.setter
+    def relative_to(self, state: Tensor | None) -> None:
+        if (source := source_of(self.steps)) is not None:
+            source.reference = state
 
     def with_stats(
         self, stats: Mapping[str, Mapping[str, Any]], *, allow_constant: bool = False
@@ -112,11 +124,15 @@ def make_pipelines(
     after = [Unnormalize(outputs, **shared), Device("cpu")]
     if arrange := getattr(config, "arrange_steps", None):
         before, after = arrange(before, after)
+    link(before, after)
     return Pipeline(before), Pipeline(after, "policy_postprocessor")
 
 
 def write_pipeline(pipeline: Pipeline, folder: str | Path, filename: str | None = None) -> None:
-    """Write a pipeline as LeRobot 0.6 does: a JSON file, and a safetensors file per step with tensors."""
+    """Write a pipeline as LeRobot 0.6 does: a JSON file, and a safetensors file per step with tensors.
+
+    Steps with files of their own, such as a tokenizer that was given as an object, write them too.
+    """
     folder = Path(folder)
     prefix = re.sub(r"[^a-z0-9_]", "_", pipeline.name.lower())
     entries = []
@@ -126,6 +142,7 @@ def write_pipeline(pipeline: Pipeline, folder: str | Path, filename: str | None 
             entry["state_file"] = f"{prefix}_step_{index}_{step.registry_name}.safetensors"
             tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
             atomic_write(folder / entry["state_file"], save(tensors))
+        step.write_files(folder)
         entries.append(entry)
     content = json.dumps({"name": pipeline.name, "steps": entries}, indent=2)
     atomic_write(folder / (filename or f"{prefix}.json"), content)
@@ -186,13 +203,15 @@ def _read_step(
     file = entry.get("state_file") if own_stats or not issubclass(kind, Normalize) else None
     state = _read_state(folder, filename, number, file) if file else {}
     try:
-        return kind.from_json(entry.get("config") or {}, state)
+        step = kind.from_json(entry.get("config") or {}, state)
     except (AttributeError, TypeError) as error:
         raise ValueError(
             f"step {number} ('{name}') of {folder / filename} has settings {entry.get('config')}; expected "
             f"those of {kind.__name__}({', '.join(f.name for f in fields(kind))}): {error}. Take the unknown "
             "one out, or mend the one of the wrong kind."
         ) from error
+    step.find_files(folder)
+    return step
 
 
 def _check_entry(path: Path, number: int, entry: Any) -> None:

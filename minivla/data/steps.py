@@ -5,9 +5,11 @@ Sources: `rename_processor.py`, `batch_processor.py`, `tokenizer_processor.py`, 
 `normalize_processor.py` in `lerobot/processor`.
 """
 
+import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -69,6 +71,12 @@ class Step:
     def state(self) -> dict[str, Tensor]:
         """The step's tensors, which get a safetensors file of their own when there are any."""
         return {}
+
+    def write_files(self, folder: Path) -> None:
+        """Write what is neither setting nor tensor (a tokenizer) into a checkpoint's folder."""
+
+    def find_files(self, folder: Path) -> None:
+        """Called when the step was read from `folder`: note where its files are, wherever that is by now."""
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Self:
@@ -145,11 +153,15 @@ class Tokenize(Step):
     """Turn `task` into token ids (B, L) and their mask (B, L), True where a token is real.
 
     The tokenizer is loaded when the step is first called, so that a policy whose tokenizer is out of reach
-    still loads. Give one as `tokenizer` to need no loading at all. `ending` is a text that is encoded by
-    itself and put behind the other tokens (minivla only).
+    still loads. `tokenizer_name` is a hub repository, a folder, or "tokenizer", a folder in the checkpoint's
+    own. Give an object as `tokenizer` to need no loading: it goes before the name, and is saved with the
+    checkpoint. `ending` is a text that is encoded by itself and put behind the other tokens (minivla only).
+
+    Warns, once, of a text that is longer than `max_length`: what is cut is never read.
     """
 
     registry_name: ClassVar[str] = "tokenizer_processor"
+    FOLDER: ClassVar[str] = "tokenizer"
     tokenizer_name: str | None = None
     max_length: int = 512
     task_key: str = "task"
@@ -158,6 +170,11 @@ class Tokenize(Step):
     truncation: bool = True
     ending: str = ""
     tokenizer: Any = None
+
+    def __post_init__(self) -> None:
+        self._loaded: Any = None  # what `tokenizer_name` named
+        self._folder: Path | None = None  # the checkpoint's, when it holds the tokenizer
+        self._warned = False
 
     def __call__(self, batch: Batch) -> Batch:
         """Raises KeyError without a task, FileNotFoundError when the tokenizer cannot be loaded."""
@@ -168,40 +185,112 @@ class Tokenize(Step):
             )
         device = next((value.device for value in batch.values() if isinstance(value, Tensor)), None)
         text = batch[self.task_key]
+        texts = [text] if isinstance(text, str) else list(text)
         if self.tokenizer is None:
-            self.tokenizer = _load_tokenizer(self.tokenizer_name)
+            self.tokenizer = self._loaded = load_tokenizer(self._place())
+        ids, valid = self._encode_with_ending(texts) if self.ending else self._encode(texts)
+        tokens = {
+            f"{OBS_LANGUAGE}.tokens": ids.to(device),
+            f"{OBS_LANGUAGE}.attention_mask": valid.to(device=device, dtype=torch.bool),
+        }
+        return {**batch, **tokens}
+
+    def _encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         out = self.tokenizer(
-            [text] if isinstance(text, str) else list(text),
+            texts,
             max_length=self.max_length,
             truncation=self.truncation,
             padding=self.padding,
             padding_side=self.padding_side,
             return_tensors="pt",
         )
-        valid = out["attention_mask"].to(device=device, dtype=torch.bool)
-        tokens = {
-            f"{OBS_LANGUAGE}.tokens": out["input_ids"].to(device),
-            f"{OBS_LANGUAGE}.attention_mask": valid,
-        }
-        return {**batch, **tokens}
+        ids, valid = out["input_ids"], out["attention_mask"]
+        full = valid.bool().all(dim=1) & (ids.shape[1] == self.max_length)
+        if self.truncation and not self._warned:
+            for sample in full.nonzero().flatten().tolist():
+                self._warn_of_cut(sample, self._ids(texts[sample]))
+        return ids, valid
+
+    def _encode_with_ending(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """As openpi's PaligemmaTokenizer: the ending comes last, and is cut first."""
+        ending = self._ids(self.ending, add_special_tokens=False)
+        rows = [self._ids(text) + ending for text in texts]
+        for sample, row in enumerate(rows):
+            self._warn_of_cut(sample, row)
+        rows = [row[: self.max_length] if self.truncation else row for row in rows]
+        size = self.max_length if self.padding == "max_length" else max(map(len, rows))
+        ids = torch.full((len(rows), size), self.tokenizer.pad_token_id or 0)
+        valid = torch.zeros(len(rows), size, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            place = slice(size - len(row), size) if self.padding_side == "left" else slice(len(row))
+            ids[i, place], valid[i, place] = torch.tensor(row), True
+        return ids, valid
+
+    def _ids(self, text: str, **options: Any) -> list[int]:
+        """One text's tokens, however many."""
+        whole = {"max_length": WHOLE, "truncation": False, "padding": False, "verbose": False}
+        return [int(token) for token in self.tokenizer([text], **whole | options)["input_ids"][0]]
+
+    def _warn_of_cut(self, sample: int, ids: list[int]) -> None:
+        cut = ids[self.max_length :]
+        if not cut or self._warned or not self.truncation:
+            return
+        self._warned = True
+        spelled = f": {self.tokenizer.decode(cut)!r}" if hasattr(self.tokenizer, "decode") else ""
+        warnings.warn(
+            f"the text of sample {sample} has {len(ids)} tokens, {self.max_length} are read; the last "
+            f"{len(cut)} are cut{spelled}. Shorten it, or raise tokenizer_max_length",
+            stacklevel=4,
+        )
 
     def describe(self) -> list[str]:
         """One line."""
-        return [
-            f"{self.task_key} to {self.max_length} tokens of {self.tokenizer_name or 'the tokenizer given'}"
-        ]
+        given = "the tokenizer given"
+        name = given if self._given else self.tokenizer_name or given
+        return [f"{self.task_key} to {self.max_length} tokens of {name}"]
+
+    @property
+    def _given(self) -> bool:
+        """Is there a tokenizer that no name stands for?"""
+        return self.tokenizer is not None and self.tokenizer is not self._loaded
+
+    def _place(self) -> str | None:
+        return self.tokenizer_name if self._folder is None else str(self._folder / self.FOLDER)
 
     def to_json(self) -> dict[str, Any]:
-        """LeRobot's settings; a tokenizer given as an object has no name to write."""
-        settings = {
-            f.name: getattr(self, f.name)
-            for f in fields(self)
-            if f.name not in ("tokenizer", "tokenizer_name")
-        }
-        return settings | ({"tokenizer_name": self.tokenizer_name} if self.tokenizer_name else {})
+        """LeRobot's settings; a tokenizer given as an object gets the name of its folder."""
+        left_out = ("tokenizer", "tokenizer_name", *(() if self.ending else ("ending",)))
+        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
+        name = self.tokenizer_name
+        if self._given:
+            name = self.FOLDER if hasattr(self.tokenizer, "save_pretrained") else None
+        return settings | ({"tokenizer_name": name} if name else {})
+
+    def write_files(self, folder: Path) -> None:
+        """The tokenizer itself, in transformers' format, when it was given, or came from such a folder."""
+        target = folder / self.FOLDER
+        if self._given and not hasattr(self.tokenizer, "save_pretrained"):
+            warnings.warn(
+                f"{type(self.tokenizer).__name__} has no save_pretrained, so it is not saved with the "
+                "policy; give it again after loading",
+                stacklevel=2,
+            )
+        elif self._given:
+            self.tokenizer.save_pretrained(target)
+        elif self._folder is not None and self._folder.resolve() != folder.resolve():
+            shutil.copytree(self._folder / self.FOLDER, target, dirs_exist_ok=True)
+
+    def find_files(self, folder: Path) -> None:
+        """The name "tokenizer" means the folder inside the checkpoint's, when there is one."""
+        if self.tokenizer_name == self.FOLDER and (folder / self.FOLDER).is_dir():
+            self._folder = folder
 
 
-def _load_tokenizer(name: str | None) -> Any:
+WHOLE = 1_000_000  # tokens; longer than any text
+
+
+def load_tokenizer(name: str | None) -> Any:
+    """A tokenizer of transformers', from a folder or the hub. FileNotFoundError when it is out of reach."""
     if name is None:
         raise FileNotFoundError(
             "no tokenizer and no tokenizer_name; expected one. Set `step.tokenizer` to a tokenizer."

@@ -127,18 +127,22 @@ class Cache:
     def __len__(self) -> int:
         return self.keys[0].shape[-2] if self.keys else 0
 
-    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep a layer's keys and values behind those it has, and return all."""
+    def extend(self, layer: int, key: Tensor, value: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Keep a layer's keys and values behind its first `start`, and return all."""
         if layer == len(self.keys):
             self.keys.append(key)
             self.values.append(value)
         else:
-            self.keys[layer], self.values[layer] = self.before(layer, key, value)
+            self.keys[layer], self.values[layer] = self.before(layer, key, value, start)
         return self.keys[layer], self.values[layer]
 
-    def before(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer's keys and values with these behind them; nothing is kept."""
-        return torch.cat((self.keys[layer], key), dim=-2), torch.cat((self.values[layer], value), dim=-2)
+    def before(self, layer: int, key: Tensor, value: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """The layer's first `start` keys and values with these behind them; nothing is kept.
+
+        What is behind those is there when a checkpointed layer runs again, and is what it put there itself.
+        """
+        keys, values = self.keys[layer][..., :start, :], self.values[layer][..., :start, :]
+        return torch.cat((keys, key), dim=-2), torch.cat((values, value), dim=-2)
 
 
 @dataclass(frozen=True)
@@ -158,7 +162,7 @@ class Joint:
         """A layer's new keys and values, behind those of the cache."""
         if self.cache is None:
             return key, value
-        return (self.cache.extend if self.keep else self.cache.before)(layer, key, value)
+        return (self.cache.extend if self.keep else self.cache.before)(layer, key, value, self.start)
 
 
 class DecoderLayer(nn.Module):

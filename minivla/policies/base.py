@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
-from types import NoneType
+from types import NoneType, UnionType
 from typing import Any, ClassVar, Self, get_args, get_type_hints
 
 import torch
@@ -170,7 +170,7 @@ def _expect_types(cls: type[PolicyConfig], given: Mapping[str, Any]) -> None:
     """Raises ValueError for a number, text or flag of the wrong kind; an int will do for a float."""
     simple = (int, float, str, bool, NoneType)
     for name, hint in get_type_hints(cls).items():
-        kinds = get_args(hint) or (hint,)
+        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
         if name not in given or not all(kind in simple for kind in kinds):
             continue
         fits = isinstance(given[name], kinds) or (float in kinds and isinstance(given[name], int))
@@ -335,7 +335,7 @@ class Policy(nn.Module):
         empty.
 
         `batch` is this moment's observation, (B, …); policies that see several keep the others themselves.
-        Where actions are relative to the state, `postprocess` then adds the one their chunk was predicted from.
+        Where actions are relative to the state, `postprocess` then adds the one their chunk began with.
         Raises ValueError when the batch size changes in the middle of an episode, or for a time axis.
         """
         self.eval()

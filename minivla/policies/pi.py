@@ -22,6 +22,8 @@ What is special here:
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -41,14 +43,19 @@ from minivla.nn.paligemma import PALIGEMMA_NAMES, VARIANTS, PaliGemma, Prefix
 from minivla.nn.positions import sine_time
 from minivla.policies.base import AnyStats, Batch, Draw, Policy, PolicyConfig, Rng, group
 from minivla.policies.vla import (
+    EMBEDDING,
+    EXPERT_HEAD,
+    LM_HEAD,
     StatePrompt,
     VLAConfig,
     before_tokens,
     clean,
     freeze,
     look,
+    modern_name,
     pad,
     prompt,
+    relative_steps,
     set_precision,
     tokenize,
     unused_by_suffix,
@@ -103,7 +110,8 @@ class PI0Config(VLAConfig):
         first, device, scale = before_tokens(before)
         openpi = self.upstream == "openpi"
         text = [NewLine(cleaned=openpi), tokenize(self, ending="\n" if openpi else "")]
-        return [*first, *text, *device, scale], after
+        relative, absolute = relative_steps(self)
+        return [*first, *text, *device, relative, scale], [after[0], absolute, *after[1:]]
 
 
 @dataclass
@@ -124,7 +132,9 @@ class PI05Config(PI0Config):
     def arrange_steps(self, before: list[Step], after: list[Step]) -> tuple[list[Step], list[Step]]:
         """The state is scaled first, then written into the prompt."""
         first, device, scale = before_tokens(before)
-        return [*first, scale, StatePrompt(max_state_dim=self.max_state_dim), tokenize(self), *device], after
+        relative, absolute = relative_steps(self)
+        text = [StatePrompt(max_state_dim=self.max_state_dim), tokenize(self)]
+        return [*first, relative, scale, *text, *device], [after[0], absolute, *after[1:]]
 
 
 @register
@@ -181,9 +191,12 @@ class PI0(Policy):
         ),
     )
     IGNORED_KEYS: ClassVar[dict[str, str]] = {
-        r"model\.paligemma_with_expert\.gemma_expert\.lm_head\.weight": UNUSED,
-        r"model\.paligemma_with_expert\.paligemma\.lm_head\.weight": UNUSED,
+        re.escape(EXPERT_HEAD): UNUSED,
+        re.escape(LM_HEAD): UNUSED,
+        r".*\.gemma_expert\.model\.embed_tokens\.weight": "no effect: the expert reads no words",
     }
+    STAND_INS: ClassVar[dict[str, str]] = {EMBEDDING: LM_HEAD}
+    FORMER_TIME: ClassVar[tuple[str, str]] = (r"^model\.time_mlp_", "model.action_time_mlp_")
 
     def __init__(
         self, config: PI0Config, stats: AnyStats | None = None, *, allow_constant: bool = False
@@ -200,6 +213,22 @@ class PI0(Policy):
         self.paligemma.decoder.checkpointing = config.gradient_checkpointing
         set_precision(self, config.dtype)
         freeze(self.paligemma, vision=config.freeze_vision_encoder, language=config.train_expert_only)
+
+    @classmethod
+    def canonical_names(cls, keys: Iterable[str]) -> dict[str, str]:
+        """Files of openpi, and of LeRobot before 0.4 and since; time's MLP may have the other one's name."""
+        return {key: re.sub(*cls.FORMER_TIME, modern_name(key)) for key in keys}
+
+    def extra_tensors(self) -> dict[str, Tensor]:
+        """The heads that would write words, which LeRobot's networks have: tied to the table, and zeros.
+
+        None where LeRobot will not read the folder anyway.
+        """
+        if self.config.unusual():
+            return {}
+        table, expert = self.paligemma.embedding.weight, self.paligemma.decoder.stream("suffix")
+        zero = torch.zeros((), dtype=expert.dtype)
+        return {LM_HEAD: table, EXPERT_HEAD: zero.expand(len(table), expert.config.width)}
 
     @staticmethod
     def condition_width(width: int) -> int:
@@ -392,6 +421,12 @@ class PI05(PI0):
 
     name: ClassVar[str] = "pi05"
     config_class: ClassVar[type[PolicyConfig]] = PI05Config
+    IGNORED_KEYS: ClassVar[dict[str, str]] = {
+        **PI0.IGNORED_KEYS,
+        r"model\.state_proj\.(weight|bias)": "π0's: here the state is read",
+        r".*\.gemma_expert\.model\.(layers\.\d+\.\w+layernorm|norm)\.weight": "π0's: here time steers them",
+    }
+    FORMER_TIME: ClassVar[tuple[str, str]] = (r"^model\.action_time_mlp_", "model.time_mlp_")
 
     @staticmethod
     def condition_width(width: int) -> int:

@@ -6,6 +6,7 @@ Upstream keeps a copy of all this in each policy: LeRobot 0.6 `policies/{pi0,pi0
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,8 @@ from minivla.data.features import (
     MissingKey,
     PolicyFeature,
 )
+from minivla.data.relative import AbsoluteActions, RelativeActions
+from minivla.data.stats import LEGACY_KEY
 from minivla.data.steps import AddBatch, Normalize, Rename, Step, Tokenize, register
 from minivla.nn.decoder import DecoderConfig
 from minivla.nn.images import resize_with_pad
@@ -127,6 +130,23 @@ class VLAConfig(PolicyConfig):
                         f"max_{'action' if key == ACTION else 'state'}_dim (published weights have 32)"
                     )
 
+    @classmethod
+    def modernise(cls, content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """LeRobot's settings from before 0.4, and openpi's, in today's fields; and what became of each.
+
+        Raises ValueError for one that today's code, ours or LeRobot's, cannot follow.
+        """
+        modern, notes = dict(content), list[str]()
+        for name in [name for name in FORMER if name in content]:
+            today, only, reason = FORMER[name]
+            value = modern.pop(name)
+            if only is not None and value not in only:
+                raise ValueError(f"{name} is {value!r}, a setting of an older upstream; {reason}")
+            modern |= {field: value for field in today if field not in content and value is not None}
+            notes.append(f"{name}: {'now ' + ', '.join(today) if today else reason}")
+        _warn_of_padding(content)
+        return modern, notes
+
     @property
     def action_delta_indices(self) -> list[int]:
         """The chunk: now and the next H - 1 steps."""
@@ -141,6 +161,69 @@ class VLAConfig(PolicyConfig):
     def language(self) -> DecoderConfig:
         """The language model's shape."""
         return replace(VARIANTS[self.paligemma_variant], **self.language_size)
+
+
+# --- what files call it ------------------------------------------------------------------------------------
+
+# Former fields of config.json: the fields that take their value today, the values that can be followed (None:
+# all), and why. Sources: LeRobot 0.3 `policies/pi0/configuration_pi0.py`; openpi
+# `examples/convert_jax_model_to_pytorch.py`, from action_dim on.
+FORMER: dict[str, tuple[tuple[str, ...], tuple[Any, ...] | None, str]] = {
+    "resize_imgs_with_padding": (("image_resolution",), None, ""),
+    "num_steps": (("num_inference_steps",), None, ""),
+    "proj_width": ((), (1024,), "the projections are as wide as the expert, 1024 in gemma_300m"),
+    "use_cache": ((), None, "the prefix is always run once, which computes the same"),
+    "attention_implementation": ((), None, "all of them compute the same"),
+    "train_state_proj": ((), None, "the projections always learn; the weights are the same"),
+    "adapt_to_pi_aloha": ((), (False,), "turning ALOHA's joints into the authors' is not supported"),
+    "use_delta_joint_actions_aloha": (
+        (),
+        (False,),
+        "use_relative_actions does that now, with new statistics",
+    ),
+    "action_dim": (("max_action_dim", "max_state_dim"), None, ""),
+    "action_horizon": (("chunk_size", "n_action_steps"), None, ""),
+    "precision": (("dtype",), ("float32", "bfloat16"), "expected float32 or bfloat16: convert the weights"),
+}
+
+P = "model.paligemma_with_expert."
+EMBEDDING = f"{P}paligemma.model.language_model.embed_tokens.weight"
+LM_HEAD = f"{P}paligemma.lm_head.weight"
+EXPERT_HEAD = f"{P}gemma_expert.lm_head.weight"
+_FORMER_NAMES = (
+    (r"(\.paligemma)\.language_model\.lm_head\.", r"\1.lm_head."),
+    (r"(\.paligemma)\.language_model\.model\.", r"\1.model.language_model."),
+    (r"(\.paligemma)\.(vision_tower|multi_modal_projector)\.", r"\1.model.\2."),
+)
+
+
+def modern_name(key: str) -> str:
+    """A stored key as LeRobot 0.6 would write it; statistics among the weights keep their names.
+
+    The files published for LeRobot 0.4, and openpi's own, lack "model." in front. Before 0.4 and with
+    transformers below 4.52, PaliGemma's parts were nested another way.
+    """
+    if LEGACY_KEY.match(key):
+        return key
+    name = key if key.startswith("model.") else f"model.{key}"
+    for pattern, replacement in _FORMER_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _warn_of_padding(content: Mapping[str, Any]) -> None:
+    """Before 0.4 LeRobot put the margin of an image that is not square above and to the left of it."""
+    features = (content.get("input_features") or {}).items()
+    shapes = {
+        key: f.get("shape") for key, f in features if isinstance(f, Mapping) and f.get("type") == "VISUAL"
+    }
+    if "resize_imgs_with_padding" in content and any(s and s[-1] != s[-2] for s in shapes.values()):
+        warnings.warn(
+            f"this policy's images ({', '.join(shapes)}) are not square, and the LeRobot of then filled them "
+            "up above and on the left, where today's, and minivla, centre them: expect it to see a shifted "
+            "picture, or make the images square yourself",
+            stacklevel=4,
+        )
 
 
 # --- what is seen ------------------------------------------------------------------------------------------
@@ -228,7 +311,6 @@ class StatePrompt(Step):
     ending: ClassVar[str] = ";\nAction: "
     max_state_dim: int = 32
     task_key: str = "task"
-    lower_case: bool = False
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Raises KeyError without a state or an instruction."""
@@ -238,8 +320,7 @@ class StatePrompt(Step):
                     f"no '{key}' in the batch, which holds {', '.join(batch)}; the prompt needs it"
                 )
         text = batch[self.task_key]
-        texts = [clean(task) for task in ([text] if isinstance(text, str) else text)]
-        texts = [task.lower() for task in texts] if self.lower_case else texts
+        texts = [self.clean(task) for task in ([text] if isinstance(text, str) else text)]
         numbers = state_bins(batch[OBS_STATE]).tolist()
         prompts = [
             f"Task: {task}, State: {' '.join(map(str, row))}{self.ending}"
@@ -247,13 +328,13 @@ class StatePrompt(Step):
         ]
         return {**batch, self.task_key: prompts}
 
+    def clean(self, text: str) -> str:
+        """The instruction as the prompt has it."""
+        return clean(text)
+
     def describe(self) -> list[str]:
         """One line."""
         return [f"'Task: …, State: 0…255{self.ending!r}' from task and state"]
-
-    def to_json(self) -> dict[str, Any]:
-        """LeRobot writes no settings; ours only where it is not LeRobot's way."""
-        return {"lower_case": True} if self.lower_case else {}
 
 
 def before_tokens(before: list[Step]) -> tuple[list[Step], list[Step], Step]:
@@ -266,6 +347,14 @@ def before_tokens(before: list[Step]) -> tuple[list[Step], list[Step], Step]:
 def tokenize(config: VLAConfig, ending: str = "") -> Tokenize:
     """The step from text to token ids, with PaliGemma's tokenizer unless another is given."""
     return Tokenize(TOKENIZER, max_length=config.tokenizer_max_length, ending=ending)
+
+
+def relative_steps(config: VLAConfig) -> tuple[RelativeActions, AbsoluteActions]:
+    """Actions as differences to the state, and back: two steps, which are there when disabled, too."""
+    names = None if config.action_feature_names is None else list(config.action_feature_names)
+    excluded = list(config.relative_exclude_joints)
+    before = RelativeActions(config.use_relative_actions, exclude_joints=excluded, action_names=names)
+    return before, AbsoluteActions(config.use_relative_actions, before)
 
 
 # --- what is trained ---------------------------------------------------------------------------------------

@@ -32,6 +32,8 @@ def padding_mask(subject: Subject) -> Iterator[Finding]:
     batch = subject.training_batch
     if bool(batch["action_is_pad"].all()) or not bool(batch["action_is_pad"].any()):
         raise NotRun("a policy that predicts more than one action")
+    if any(key.startswith(f"{ACTION}.") for key in batch):
+        raise NotRun("a loss that reads actions as numbers: this one reads words, of the whole chunk")
     noise = torch.randn(batch[ACTION].shape, generator=torch.Generator().manual_seed(1))
     shift = 10 * noise.to(batch[ACTION]) * batch["action_is_pad"][..., None]
     policy, draws = subject.twin(), _draws(subject, shift)
@@ -55,10 +57,10 @@ def _draws(subject: Subject, shift: Tensor) -> tuple[dict[str, Tensor], dict[str
     """What the loss is to draw for the actions, and for the shifted ones. A network with a sampler reads
     noisy actions, padded ones too, which is no leak: so other noise makes up for the shift.
     """
-    flow = subject.path[0].flow if isinstance(subject.policy, Policy) else None
-    if flow is None:
+    call = subject.path[0] if isinstance(subject.policy, Policy) else None
+    if call is None or (flow := call.flow) is None:
         return {}, {}
-    noise = sampler.draw(flow)
+    noise = sampler.draw(call)
     try:
         taught = sampler.lesson(subject, flow.times[(len(flow.v) - 1) // 2], noise)
     except NotRun:  # it does not tell
@@ -77,6 +79,8 @@ def _judged_padding(policy: Any) -> tuple[str, str]:
         return WARNING, "meant by LeRobot: its network reads padded actions, whatever the loss leaves out"
     if getattr(policy.config, "do_mask_loss_for_padding", None) is False:
         return WARNING, "meant, as upstream; do_mask_loss_for_padding=True leaves padded actions out"
+    if getattr(policy, "name", "") in ("pi0", "pi05"):
+        return WARNING, "meant, as upstream: the loss counts every step of a chunk, padded ones too"
     if getattr(policy, "name", "") == "vqbet":
         return (
             WARNING,

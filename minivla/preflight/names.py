@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from minivla.data.features import ACTION, OBS_ENV_STATE, OBS_STATE, FeatureType, PolicyFeature
 from minivla.data.raw import COMPANIONS
 from minivla.preflight.report import ERROR, WARNING, Finding
 
+EMPTY = ".empty_camera_"  # in the names of cameras that are always absent
+
 
 def match_inputs(
-    raw: Mapping[str, Any], inputs: Mapping[str, PolicyFeature], rename: Mapping[str, str]
+    raw: Mapping[str, Any],
+    inputs: Mapping[str, PolicyFeature],
+    rename: Mapping[str, str],
+    optional: Collection[str] = (),
 ) -> tuple[list[Finding], dict[str, str]]:
     """Find each of the policy's inputs in a raw batch, under its own name or the likest one.
 
-    Returns what is wrong, and {the policy's name: the batch's name} for those found.
+    `optional`: inputs that may be absent, of which a warning is enough. Returns what is wrong, and {the policy's name: the batch's name} for those found.
     """
     places = {rename.get(key, key): key for key in raw if rename.get(key, key) in inputs}
-    missing = [key for key in inputs if key not in places]
+    missing = [key for key in inputs if key not in places and EMPTY not in key]
     spare = [key for key in raw if key not in places.values() and not _is_bookkeeping(key)]
     guesses = _likest(missing, spare, raw, inputs)
     findings: list[Finding] = []
@@ -31,10 +36,16 @@ def match_inputs(
         )
         mend = "if these are the same cameras under other names, paste the rename below"
         findings.append(Finding("camera-names", ERROR, ", ".join(named), what, mend, table))
-    if absent := [key for key in cameras if key not in guesses]:
+    absent = [key for key in cameras if key not in guesses]
+    optional = optional if len(absent) < len(inputs_of(inputs)) else ()  # it needs one
+    if needed := [key for key in absent if key not in optional]:
         what = f"the policy looks through {len(inputs_of(inputs))} cameras, and the batch lacks these"
         mend = "plug the camera in, or train a policy without it; a black picture in its place is no mend"
-        findings.append(Finding("camera-absent", ERROR, ", ".join(absent), what, mend, table))
+        findings.append(Finding("camera-absent", ERROR, ", ".join(needed), what, mend, table))
+    if masked := [key for key in absent if key in optional]:
+        what = "the batch lacks these cameras; the policy masks their tokens and goes on without them"
+        mend = "nothing to do if it was trained without them, too; else plug the camera in, or rename one"
+        findings.append(Finding("camera-absent", WARNING, ", ".join(masked), what, mend, table))
     for key in [key for key in missing if key not in cameras]:
         findings.append(_absent_vector(key, guesses.get(key)))
     extra = [key for key in spare if key not in guesses.values() and _is_picture(raw[key])]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from minivla.data.features import ACTION, OBS_STATE
-from minivla.preflight import cameras, statistics, views
+from minivla.preflight import cameras, running, statistics, views
 from minivla.preflight.report import ERROR, Finding, NotRun
 from minivla.preflight.subject import FEW, Refused, Subject
 from minivla.preflight.vectors import examine_task
@@ -55,6 +55,28 @@ def preparation(subject: Subject) -> Iterator[Finding]:
             what = f"the network sees {low:.3g} to {high:.3g}; pictures in [0, 1] give {possible}"
             mend = "the preprocessor pads or scales twice: pad with what black becomes, scale once"
             yield Finding("image-pad-value", ERROR, f"{key}, preprocessed", what, mend)
+
+
+def pictures_as_seen(subject: Subject) -> Iterator[Finding]:
+    """What a policy that pads and rescales pictures itself shows its vision encoder lies in [-1, 1].
+
+    Shown are pictures of half their height, which must be padded. Threads: as `preparation`.
+    """
+    eyes = [m for name, m in subject.patient.named_modules() if name.endswith("patch_embedding")]
+    if not eyes or not subject.resizes:
+        raise NotRun("a policy that pads pictures and rescales them to [-1, 1] itself, for SigLIP")
+    batch, found = subject.batch, list[Tensor]()
+    wide = {key: batch[key][..., : max(1, batch[key].shape[-2] // 2), :] for key in subject.cameras}
+    handle = eyes[0].register_forward_pre_hook(lambda module, args: found.append(args[0].detach().float()))
+    try:
+        running.chunk(subject.patient, {**batch, **wide})
+    finally:
+        handle.remove()
+    low, high = min(float(x.min()) for x in found), max(float(x.max()) for x in found)
+    if low < -1.02 or high > 1.02:
+        what = f"the vision encoder sees {low:.3g} to {high:.3g}; it knows -1, black, to 1, white"
+        mend = "padded with -1, then rescaled, a border becomes -3: pad with 0 first, or rescale first"
+        yield Finding("image-pad-value", ERROR, "pictures, as the network sees them", what, mend)
 
 
 def _statistics_at_fault(subject: Subject) -> bool:

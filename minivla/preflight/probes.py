@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from minivla.data.features import ACTION, OBS_LANGUAGE, FeatureType
+from minivla.data.features import ACTION, FeatureType
 from minivla.preflight import running
 from minivla.preflight.report import ERROR, WARNING, Finding, NotRun
 from minivla.preflight.subject import Baseline, Subject
@@ -86,8 +86,7 @@ def _judged(kind: str, where: str, reached: float, base: Baseline) -> Iterator[F
 
 def _keys_of(kind: str, subject: Subject) -> list[str]:
     if kind == "text":
-        tokens = [key for key in subject.batch if key.startswith(OBS_LANGUAGE)]
-        return ["task", *tokens] if subject.reads_text else []
+        return ["task"] if subject.reads_text else []
     types = (FeatureType.VISUAL,) if kind == "image" else (FeatureType.STATE, FeatureType.ENV)
     return [key for key, feature in subject.inputs.items() if feature.type in types]
 
@@ -97,9 +96,8 @@ def _change(subject: Subject, keys: list[str]) -> float:
     second observation is asked where the first changes next to nothing.
     """
     reached, base = 0.0, subject.baseline
-    for other in base.others:
-        mixed = {**subject.batch, **{key: other[key] for key in keys if key in other}}
-        change = running.chunk(subject.patient, mixed) - base.chunk
+    for number in range(len(base.others)):
+        change = running.chunk(subject.patient, subject.mixed(keys, number)) - base.chunk
         if not change.isfinite().all():
             raise NotRun("chunks that are finite")
         reached = max(reached, float(change.square().mean().sqrt()) / base.spread)

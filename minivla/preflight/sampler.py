@@ -62,18 +62,19 @@ def time_convention(subject: Subject) -> Iterator[Finding]:
     (call, chunk), flow = subject.path, subject.path[0].flow
     if flow is None:
         raise NotRun("a policy with flow time: this one integrates nothing")
-    yield from _start(subject, flow)
+    yield from _start(subject, call)
     if flow.quantity == "velocity":
         yield from _walk(flow)
     yield from _end(subject, flow, chunk)
-    yield from _as_taught(subject, flow, call.hidden.get("denoised", flow.v[-1]))
+    yield from _as_taught(subject, call, flow)
 
 
-def _start(subject: Subject, flow: recorder.Flow) -> Iterator[Finding]:
+def _start(subject: Subject, call: recorder.Call) -> Iterator[Finding]:
     """The noise a policy is given is where the path starts."""
-    for noise in (flow.x[0], -flow.x[0]):
+    drawn = drawn_noise(call)
+    for noise in (drawn, -drawn):
         again = subject.sampled(noise=noise, steps=1)[0].flow
-        if again is not None and not torch.equal(again.x[0], noise):
+        if again is not None and not torch.equal(again.x[0], noise[..., : again.x.shape[-1]]):
             what = "the sampler's path does not start at the noise it is given"
             mend = "x at the noise end of time is the noise itself; look from which end the sampler starts"
             yield Finding("time-start", ERROR, "sampler", what, mend)
@@ -98,11 +99,11 @@ def _end(subject: Subject, flow: recorder.Flow, chunk: Tensor) -> Iterator[Findi
         yield Finding("time-end", ERROR, "sampler", what, "return x at the data end of time")
 
 
-def _as_taught(subject: Subject, flow: recorder.Flow, predicted: Tensor) -> Iterator[Finding]:
-    """Times and predictions mean to the sampler, whose last prediction is `predicted`, what they mean to the
-    loss. One finding at most, since others would follow from it.
+def _as_taught(subject: Subject, call: recorder.Call, flow: recorder.Flow) -> Iterator[Finding]:
+    """Times and predictions mean to the sampler what they mean to the loss. One finding at most, since others
+    would follow from it.
     """
-    noise = draw(flow)
+    noise, predicted = draw(call), call.hidden.get("denoised", flow.v[-1])
     asked = (flow.times[i] for i in (0, (len(flow.v) - 1) // 2, -2))
     first, middle, last = (lesson(subject, time, noise) for time in asked)
     action = subject.training_batch[ACTION]
@@ -126,9 +127,18 @@ def _as_taught(subject: Subject, flow: recorder.Flow, predicted: Tensor) -> Iter
         yield Finding("time-end", ERROR, "sampler and loss", what, mend)
 
 
-def draw(flow: recorder.Flow) -> Tensor:
+def drawn_noise(call: recorder.Call) -> Tensor:
+    """What a sampler starts from, as wide as the network sees it: wider than the path where actions are
+    padded (π0).
+    """
+    assert call.flow is not None
+    return call.hidden.get("noise", call.flow.x[0])
+
+
+def draw(call: recorder.Call) -> Tensor:
     """Noise for the loss, such as the sampler starts from: standard normal, always the same."""
-    return torch.randn(flow.x[0].shape, generator=torch.Generator().manual_seed(1)).to(flow.x)
+    like = drawn_noise(call)
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(1)).to(like)
 
 
 def lesson(subject: Subject, time: Tensor, noise: Tensor) -> Lesson:

@@ -32,6 +32,7 @@ from minivla.tracing import trace
 
 FEW = 8  # samples that the probes look at
 TAME = 6.0  # standard deviations
+ACTION_WORDS = "action_tokenizer_processor"
 OTHERS = 2  # observations that are put in place of each sample
 
 
@@ -92,8 +93,23 @@ class Subject:
 
     @cached_property
     def inputs(self) -> dict[str, PolicyFeature]:
-        """What the policy takes in, by batch key."""
-        return features_from(self.config.input_features)
+        """What the policy takes in, by batch key, without inputs that may be absent and are."""
+        places, features = self._matched[1], features_from(self.config.input_features)
+        return {k: f for k, f in features.items() if k in places or k not in self.optional}
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """Inputs that an observation may lack; of LeRobot's policies, too, those on a PaliGemma mask cameras."""
+        if isinstance(self.policy, Policy):
+            return self.policy.optional_inputs
+        features = features_from(self.config.input_features)
+        masks = hasattr(self.config, "empty_cameras")
+        return tuple(k for k, f in features.items() if masks and f.type == FeatureType.VISUAL)
+
+    @property
+    def resizes(self) -> bool:
+        """Does the policy bring pictures of any size to its own?"""
+        return getattr(self.policy, "resizes_images", hasattr(self.config, "image_resolution"))
 
     @cached_property
     def outputs(self) -> dict[str, PolicyFeature]:
@@ -152,7 +168,8 @@ class Subject:
     @cached_property
     def _matched(self) -> tuple[list[Finding], dict[str, str]]:
         """What is wrong with the names, and {the policy's name: the batch's}."""
-        return match_inputs(self.raw, self.inputs, rename_map_of(self.preprocessor))
+        features = features_from(self.config.input_features)
+        return match_inputs(self.raw, features, rename_map_of(self.preprocessor), self.optional)
 
     @cached_property
     def _examined(self) -> tuple[dict[str, Any], list[Finding]]:
@@ -164,7 +181,7 @@ class Subject:
             feature, name = self.inputs[key], place if rename.get(place, place) == key else key
             look = examine if feature.type == FeatureType.VISUAL else examine_vector
             seen = look(key, self.raw[place], feature, self.scaling)
-            faults += seen.findings
+            faults += [f for f in seen.findings if f.code != "image-size" or not self.resizes]
             mended.pop(place, None)
             mended[name] = seen.value
         faults += examine_action(mended, self.outputs, self.config, self.scaling)
@@ -260,7 +277,28 @@ class Subject:
             action = self._placed(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
         is_pad = torch.arange(horizon, device=action.device) >= max(1, horizon - max(1, horizon // 3))
         tame = {key: self.batch[key].clamp(-TAME, TAME) for key in self.inputs if key not in self.cameras}
-        return {**self.batch, **tame, ACTION: action, "action_is_pad": is_pad.expand(size, horizon).clone()}
+        chunk = {ACTION: action, "action_is_pad": is_pad.expand(size, horizon).clone()}
+        return self._in_words({**self.batch, **tame, **chunk})
+
+    def _in_words(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A training batch, with its actions as words for a policy that reads those (π0-FAST)."""
+        steps = getattr(self.preprocessor, "steps", ())
+        writes = (step for step in steps if getattr(type(step), "registry_name", "") == ACTION_WORDS)
+        return next((step(batch) for step in writes), batch)
+
+    def mixed(self, keys: Sequence[str], number: int) -> dict[str, Any]:
+        """The normalised batch with `keys` from another observation. Where there is a prompt it is written
+        anew: a state may stand in it beside the instruction.
+        """
+        others, named = self.others[number], {self.named(key): key for key in self.observation}
+        if not any(key.startswith(OBS_LANGUAGE) for key in self.batch):
+            other = self.baseline.others[number]
+            return {**self.batch, **{key: other[key] for key in keys if key in other}}
+        places = [named.get(key, key) for key in keys]
+        return {
+            **self.batch,
+            **self.prepare({**self.observation, **{k: others[k] for k in places if k in others}}),
+        }
 
     @cached_property
     def broken_weights(self) -> list[str]:

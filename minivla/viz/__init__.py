@@ -9,6 +9,7 @@
     codes.py       how discrete policies use codes       codebook.py   what each stands for
     choice.py      how a call chose among them           plane.py      a chunk as a path over the table
     training.py    loss, success, normalisation, windows
+    curves.py      curves, each with its name at its end
     frames.py      film strips, contact sheets           animate.py    GIFs;  video.py    HTML5 video
     explorer.py    one call as a page to point at
     palette.py     the colour of each token kind, the sheet figures are drawn on
@@ -32,6 +33,7 @@ from minivla.viz.choice import plot_choice
 from minivla.viz.chunks import gripper_path, plot_chunk, plot_gripper_path
 from minivla.viz.codebook import plot_codebook
 from minivla.viz.codes import perplexity, plot_code_grid, plot_code_usage
+from minivla.viz.curves import plot_curves
 from minivla.viz.denoising import plot_denoising_paths
 from minivla.viz.ensemble import ensemble_weights, plot_ensemble
 from minivla.viz.explorer import Explorer, explore
@@ -71,6 +73,7 @@ __all__ = [
     "plot_code_usage",
     "plot_codebook",
     "plot_convergence",
+    "plot_curves",
     "plot_denoising",
     "plot_denoising_paths",
     "plot_ensemble",

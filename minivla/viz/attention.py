@@ -22,12 +22,14 @@ from minivla.segments import Segment
 from minivla.viz import palette
 from minivla.viz.layout import check_segments
 from minivla.viz.pictures import as_array, as_picture
+from minivla.viz.words import Word, draw_words, height_of, place_words, words_axes
 
 COLOURS = "viridis"
 STRIKING = 8.0  # times the even share, from which a title names a patch
 MORE = 2.0  # times what the patch gets, from which a title rather names a segment without patches
 LEFT, TOP, GAP, STRIP, BAR = 0.15, 0.7, 0.12, 1.15, 0.27  # inches
 LINE = 0.15  # inches, of a label
+WORDS = 0.48  # inches above and below the words
 SCALE = "attention on one patch (root scale; most: framed)"
 
 
@@ -50,7 +52,7 @@ def plot_attention(
     head: None for the mean of all.
     images: {key: (3, H, W) or (H, W, 3)} to draw under the patches; without it the normalised images of the
     batch, rescaled for display.
-    ax, camera: as in `plot_look`.
+    ax, camera: as in `plot_look`. Words of a prompt are written out where the call has them.
 
     KeyError for a site that was not kept, a segment or an image that is not there; ValueError for a position,
     head or sample out of range.
@@ -62,7 +64,14 @@ def plot_attention(
     if title is None:
         heads = "mean of all heads" if head is None else f"head {head}"
         title = f"{asker(query, queries)} {attention_title(weights, keys)}\n{site}, {heads}"
-    return plot_look(weights, keys, images, title=title, camera=camera, ax=ax)
+    asking = None if isinstance(query, str) or queries != keys else operator.index(query)
+    words = spoken(call, sample)
+    return plot_look(weights, keys, images, title=title, camera=camera, words=words, asking=asking, ax=ax)
+
+
+def spoken(call: Call, sample: int) -> dict[str, list[str]]:
+    """By segment, the words of one sample's tokens, where the call has them."""
+    return {name: rows[sample] for name, rows in call.words.items() if sample < len(rows)}
 
 
 def plot_look(
@@ -72,6 +81,8 @@ def plot_look(
     *,
     title: str | None = None,
     camera: str | None = None,
+    words: Mapping[str, Sequence[str]] | None = None,
+    asking: int | None = None,
     ax: Axes | None = None,
 ) -> Figure:
     """Attention that is already a row of weights (K,), adding up to 1, over keys that `segments` name.
@@ -79,6 +90,9 @@ def plot_look(
     images: {batch key: image (3, H, W) or (H, W, 3) in [0, 1]} for the segments with a grid. The scale
     starts at 0 and goes with the root, so that a single strong patch does not hide all others; its mark
     "even" is what every token that is seen would get if all got the same; the same mark is on the bars.
+    A camera that gets nothing and has no image was absent, and is hatched.
+    words: by segment's name, its tokens as text, shaded by what each gets; other segments of several tokens
+    become bars. asking: the position of the query, if it is one of the keys: its patch gets a dot.
     ax: draw one camera there, without scale and bars: the one named `camera`, else that of the strongest
     patch.
 
@@ -89,7 +103,8 @@ def plot_look(
     segments = check_segments(segments, len(row), "key ")
     cameras = [s for s in segments if s.grid is not None]
     strips = [s for s in segments if s.grid is None and s.length > 1 and row[s.start : s.stop].any()]
-    if absent := [s.image or s.name for s in cameras if s.image not in images]:
+    seen = [s for s in cameras if row[s.start : s.stop].any()]
+    if absent := [s.image or s.name for s in seen if s.image not in images]:
         raise MissingKey(
             f"no image for {', '.join(absent)}; images has {', '.join(images) or 'none'}. "
             "Pass images={key: image}"
@@ -99,16 +114,23 @@ def plot_look(
         return _draw_alone(ax, _one_camera(cameras, camera, row), images, row, title)
     lines = palette.wrapped(title, palette.WIDTH - 0.25).count("\n") + 1
     top = TOP + 0.17 * (lines - 2) + LINE * _name_lines(cameras)
+    texts = {s.name: _texts(s, row, words or {}) for s in strips}
+    heights = [height_of(placed) + WORDS if (placed := texts[s.name]) else STRIP for s in strips]
     with palette.style():
-        figure = _sheet(top, cameras, strips, segments)
+        figure = _sheet(top, cameras, heights, segments)
         if cameras:
-            _draw_cameras(figure, top, cameras, images, row)
+            _draw_cameras(figure, top, cameras, images, row, asking)
         if len(segments) > 1:
             _draw_shares(_shares_axes(figure, top, len(cameras), segments), segments, row)
-        for i, s in enumerate(reversed(strips)):
-            down = figure.get_size_inches()[1] - (i + 1) * STRIP + 0.12
-            ax = palette.axes_at(figure, 0.65, down, palette.WIDTH - 1.2, STRIP - 0.55)
-            _draw_strip(ax, s, row[s.start : s.stop], _even(row))
+        down = figure.get_size_inches()[1] - sum(heights)
+        for s, tall in zip(strips, heights, strict=True):
+            if placed := texts[s.name]:
+                ax = palette.axes_at(figure, LEFT, down, palette.WIDTH - 2 * LEFT, tall)
+                _draw_texts(ax, s, placed, row)
+            else:
+                ax = palette.axes_at(figure, 0.78, down + 0.12, palette.WIDTH - 1.33, STRIP - 0.55)
+                _draw_strip(ax, s, row[s.start : s.stop], _even(row))
+            down += tall
         palette.headline(figure, title)
     return figure
 
@@ -168,10 +190,12 @@ def attention_title(weights: Tensor | np.ndarray, segments: Sequence[Segment]) -
     """The finding, without its subject: "gives 61 % of its attention to wrist (even: 44 %)"."""
     shares = attention_shares(weights, segments)
     if len(segments) == 1:
-        place = int(weights.argmax())
+        place, s = int(weights.argmax()), segments[0]
         share, even = float(weights[place]), _even(weights)
-        told = f"{palette.percent(share)} (even: {palette.percent(even)})"
-        return f"looks most at {segments[0].name}[{place}]: {told}"
+        told = f"{_precisely(share)} (even: {_precisely(even)})"
+        row, column = divmod(place, s.grid[1]) if s.grid else (0, place)
+        where = f"row {row}, column {column} of {s.name}" if s.grid else f"{s.name}[{place}]"
+        return f"looks most at {where}: {told}"
     if patch := striking_patch(weights, segments):
         name, row, column = patch
         share = max(float(weights[s.start : s.stop].max()) for s in segments if s.grid is not None)
@@ -182,6 +206,11 @@ def attention_title(weights: Tensor | np.ndarray, segments: Sequence[Segment]) -
     even = sum(_even(weights, s) for s in segments if s.name == name)
     told = f"{name} (even: {palette.percent(even)})"
     return f"gives {palette.percent(shares[name])} of its attention to {told}"
+
+
+def _precisely(share: float) -> str:
+    """A share with as many digits as tell it from half of it: "61 %", "0.42 %"."""
+    return palette.percent(share, 0 if share >= 0.1 else 1 if share >= 0.01 else 2)
 
 
 def _even(weights: Tensor | np.ndarray, segment: Segment | None = None) -> float:
@@ -254,24 +283,34 @@ def _end(cameras: int) -> float:
 
 
 def _sheet(
-    top: float, cameras: Sequence[Segment], strips: Sequence[Segment], segments: Sequence[Segment]
+    top: float, cameras: Sequence[Segment], heights: Sequence[float], segments: Sequence[Segment]
 ) -> Figure:
     if cameras:
         below = _side(len(cameras)) + 0.42 + LINE * _scale_label(_end(len(cameras)) - LEFT).count("\n") + LINE
     else:
         below = BAR * len(segments) + 0.55 if len(segments) > 1 else -0.3
-    return palette.sheet(top + below + STRIP * len(strips), layout=None)
+    return palette.sheet(top + below + sum(heights), layout=None)
 
 
 def _draw_cameras(
-    figure: Figure, top: float, cameras: Sequence[Segment], images: Mapping[str, Any], row: np.ndarray
+    figure: Figure,
+    top: float,
+    cameras: Sequence[Segment],
+    images: Mapping[str, Any],
+    row: np.ndarray,
+    asking: int | None,
 ) -> None:
     """All cameras in a row on one scale, and the scale below them."""
     side, end = _side(len(cameras)), _end(len(cameras))
     most = max(1e-12, *(row[s.start : s.stop].max() for s in cameras))
     for i, s in enumerate(cameras):
         ax = palette.axes_at(figure, LEFT + i * (side + GAP), top, side, side)
-        _draw_camera(ax, s, as_picture(images[s.image or ""]), row[s.start : s.stop], most)
+        if s.image in images:
+            _draw_camera(ax, s, as_picture(images[s.image or ""]), row[s.start : s.stop], most)
+            if asking is not None and s.start <= asking < s.stop:
+                _mark_asking(ax, s, asking - s.start)
+        else:
+            _draw_absent(ax)
         ax.set_title(_camera_name(s, side), fontsize=palette.FONT, fontweight="normal", pad=4)
     _draw_scale(palette.axes_at(figure, LEFT, top + side + 0.1, end - LEFT, 0.08), most, 1 / len(row))
 
@@ -355,6 +394,25 @@ def _draw_camera(ax: Axes, segment: Segment, picture: np.ndarray, weights: np.nd
     ax.spines[:].set_visible(False)
 
 
+def _draw_absent(ax: Axes) -> None:
+    """A camera that was not there: its tokens are padding."""
+    ax.add_patch(Rectangle((0, 0), 1, 1, **palette.PADDING, gid="absent"))
+    box = {"boxstyle": "square,pad=0.2", "facecolor": palette.PAPER, "edgecolor": "none"}
+    ax.text(0.5, 0.5, "absent", ha="center", va="center", fontsize=palette.FONT - 1, bbox=box)
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+
+
+def _mark_asking(ax: Axes, segment: Segment, place: int) -> None:
+    """A dot on the patch whose query this is."""
+    rows, columns = segment.grid or (1, segment.length)
+    row, column = divmod(place, columns)
+    (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+    x, y = left + (column + 0.5) / columns * (right - left), top + (row + 0.5) / rows * (bottom - top)
+    dot: dict[str, Any] = {"markersize": 5, "markeredgecolor": "white", "markeredgewidth": 1.2, "zorder": 4}
+    ax.plot(x, y, "o", color=palette.KIND_COLOURS["action"], gid="asking", **dot)
+
+
 def _draw_scale(ax: Axes, most: float, even: float) -> None:
     """The colour scale, from 0 to the strongest patch; "even" is what all would get if all got the same.
 
@@ -396,6 +454,31 @@ def _draw_shares(ax: Axes, segments: Sequence[Segment], row: np.ndarray) -> None
     ax.tick_params(axis="y", length=0)
     ax.set_xlabel(
         "share of the attention\n(tick: even)", loc="center" if palette.inches(ax) > 1.4 else "right"
+    )
+
+
+def _texts(segment: Segment, row: np.ndarray, words: Mapping[str, Sequence[str]]) -> list[Word] | None:
+    """A segment's words in their places, or None where they are not known; what gets nothing is not seen."""
+    if segment.name not in words:
+        return None
+    seen = row[segment.start : segment.stop] > 0
+    return place_words(words[segment.name], palette.WIDTH - 2 * LEFT, seen, empty="not seen")
+
+
+def _draw_texts(ax: Axes, segment: Segment, placed: Sequence[Word], row: np.ndarray) -> None:
+    """Words, the darker the more each gets (root scale), and which gets the most."""
+    inches, tall = palette.inches(ax), height_of(placed) + WORDS
+    words_axes(ax, inches, tall)
+    shares = row[segment.start : segment.stop]
+    most, best = shares.max(), int(shares.argmax())
+    strong = palette.colour_of(segment.kind)
+    colours = [palette.blend(palette.PAPER, strong, float(np.sqrt(shares[w.start] / most))) for w in placed]
+    draw_words(ax, placed, colours, tall - 0.38)
+    text = next(w.text for w in placed if w.start <= best < w.start + w.count)
+    said = f"“{text}” gets most, {_precisely(most)} (even: {_precisely(_even(row))})"
+    font: dict[str, Any] = {"fontsize": palette.FONT - 1, "color": palette.MUTED, "va": "top"}
+    ax.text(
+        0, tall - 0.16, f"{segment.name}, a word the darker the more it gets (root scale): {said}", **font
     )
 
 

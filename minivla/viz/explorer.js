@@ -100,7 +100,8 @@ class Tokens {
 
   title(token) {
     const s = this.segmentOf[token];
-    return s.length === 1 ? s.name : `${s.name}[${token - s.start}]`;
+    const word = s.words?.[token - s.start];
+    return s.length === 1 ? s.name : `${s.name}[${token - s.start}]${word ? ` “${word}”` : ""}`;
   }
 
   place(token) {
@@ -253,11 +254,12 @@ function ribbonPanel(sequence, data, act) {
   const cells = [];
   const groups = sequence.segments.map((s) => {
     const columns = s.grid ? s.grid[1] : columnsFor(s.length);
-    const box = el("div", { class: "cells", style: `--columns: ${columns}` });
+    const box = el("div", { class: s.words ? "cells spelled" : "cells", style: `--columns: ${columns}` });
     for (let i = 0; i < s.length; i++) {
       const token = s.start + i;
       const label = `${sequence.title(token)}, ${sequence.place(token)}`;
       cells.push(el("div", { class: "cell", role: "option", tabindex: -1, "data-token": token, "aria-label": label }));
+      if (s.words?.[i]) cells[token].setAttribute("data-word", s.words[i]);
       box.append(cells[token]);
     }
     const name = el("div", { class: "label", "aria-hidden": "true" }, el("b", {}, s.name), ` · ${s.length}`);

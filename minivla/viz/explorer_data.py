@@ -23,6 +23,7 @@ from minivla.viz.explorer_scene import Encoders, Robot
 from minivla.viz.layout import check_segments
 from minivla.viz.masks import check_mask
 from minivla.viz.pictures import as_array
+from minivla.viz.words import shown_word
 
 MAIN = "main sequence"
 
@@ -134,7 +135,8 @@ def _other(found: list[Stretch], site: str, queries: Sequence[Segment], keys: Se
             return stretch
     segments = arrange(own)
     length = segments[-1].stop
-    found.append(Stretch(site.split(".")[0], segments, np.zeros((length, length), bool)))
+    name = site.split(".")[0] if len(segments) > 1 else re.sub(r"\.\d+$", "", site).replace(".", ", ", 1)
+    found.append(Stretch(name, segments, np.zeros((length, length), bool)))
     return found[-1]
 
 
@@ -228,7 +230,7 @@ def kept_sites(found: Sequence[Stretch], call: Call, plan: Plan) -> list[str]:
     """Sites whose attention is embedded: all, or `plan.layers` of each kind, evenly spaced."""
     kinds: dict[str, list[str]] = {}
     for site in (site for stretch in found for site in stretch.sites if site in call.attention):
-        kinds.setdefault(re.sub(r"\d+", "*", site), []).append(site)
+        kinds.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", site), []).append(site)
     kept: list[str] = []
     for sites in kinds.values():
         most = len(sites) if plan.layers is None else min(plan.layers, len(sites))
@@ -299,11 +301,29 @@ def _sequence(stretch: Stretch, kept: Sequence[str], call: Call, plan: Plan, sam
         "name": stretch.name,
         "segments": [
             {"name": s.name, "kind": s.kind, "length": s.length, "grid": s.grid, "image": s.image}
+            | _words(stretch, s, call, sample)
             for s in stretch.segments
         ],
         "mask": {"rows": which.ravel().tolist(), "bits": _text(np.packbits(rows, axis=1))},
         "sites": sites,
     }
+
+
+def _words(stretch: Stretch, segment: Segment, call: Call, sample: int) -> dict[str, list[str]]:
+    """The texts of a segment's tokens, where they are known; those of padding are left out.
+
+    Raises ValueError where there are more or fewer words than tokens.
+    """
+    rows = call.words.get(segment.name, [])
+    if sample >= len(rows):
+        return {}
+    if len(rows[sample]) != segment.length:
+        raise ValueError(
+            f"segment {segment.name!r} has {segment.length} tokens and {len(rows[sample])} words; expected as "
+            "many"
+        )
+    seen = np.asarray(stretch.mask.any(axis=0))[segment.start : segment.stop]
+    return {"words": [shown_word(w) if real else "" for w, real in zip(rows[sample], seen, strict=True)]}
 
 
 def quantise(weights: np.ndarray, site: str = "") -> np.ndarray:

@@ -214,7 +214,7 @@ def condition(call: Call, sample: int) -> list[dict[str, Any]]:
     The parts stand in the order in which `DiffusionPolicy.see` joins them; the instruction is what is left.
     """
     told = call.hidden.get("condition")
-    if told is None:
+    if told is None or told.ndim != 3:  # π0.5's is the code of a time
         return []
     values, parts = as_array(told[sample]), [("state", call.batch.get(OBS_STATE))]
     parts += [

@@ -40,21 +40,25 @@ def plot_mask(
     """Who may look at whom. `mask` (Q, K) bool, True = may look; segments name its rows and its columns.
 
     A filled place has the colour of the key looked at; on the right, how many keys each group of queries
-    sees. Rows and columns are as wide as the square root of their group's length. Raises ValueError when
-    there is no mask or the segments do not add up to its sides.
+    sees. Of one sequence that looks at itself, tokens at which nobody looks, not even they, are padding:
+    hatched, as rows too, whatever these see; strong lines part the blocks. Rows and columns are as wide as
+    the square root of their group's length. Raises ValueError when there is no mask or the segments do not
+    add up to its sides.
     """
     table = check_mask(mask)
     queries = check_segments(query_segments, table.shape[0], "query ")
     keys = check_segments(key_segments, table.shape[1], "key ")
+    found = mask_title(table, queries, keys) if title is None else title
     with palette.style():
-        own, ax = ax is None, _axes(ax, queries, keys)
+        own, ax = ax is None, _axes(ax, queries, keys, found)
         x, y = token_edges(keys), token_edges(queries)
         ax.pcolormesh(x, y, mask_picture(table, keys), edgecolors="none", antialiased=False, gid="mask")
         ax.set(xlim=(0, 1), ylim=(1, 0), aspect="equal")
         _hatch(ax, keys)
+        padding = padded(table, queries, keys)
+        _hatch_padding(ax, padding, x)
         _rule_off(ax, queries, keys)
-        lines = _name_groups(ax, queries, keys, sees(table, queries))
-        found = mask_title(table, queries, keys) if title is None else title
+        lines = _name_groups(ax, queries, keys, sees(table, queries, padding))
         if own:
             _write_title(palette.figure_of(ax), found)
         else:
@@ -89,10 +93,45 @@ def mask_picture(mask: np.ndarray, keys: Sequence[Segment]) -> np.ndarray:
     )
 
 
-def sees(mask: np.ndarray, queries: Sequence[Segment]) -> list[tuple[int, int]]:
-    """For each group of queries, the fewest and the most keys that one of its tokens may look at."""
-    counts = mask.sum(axis=1)
-    return [(int(counts[s.start : s.stop].min()), int(counts[s.start : s.stop].max())) for s in queries]
+def sees(
+    mask: np.ndarray, queries: Sequence[Segment], padding: np.ndarray | None = None
+) -> list[tuple[int, int]]:
+    """For each group of queries, the fewest and the most keys that one of its tokens may look at; of tokens
+    that are real, unless all are `padding` (Q,): then (0, 0).
+    """
+    counts, found = mask.sum(axis=1), []
+    for s in queries:
+        own = counts[s.start : s.stop]
+        own = own if padding is None else own[~padding[s.start : s.stop]]
+        found.append(
+            (int(own.min(initial=len(counts) + mask.shape[1])), int(own.max())) if len(own) else (0, 0)
+        )
+    return found
+
+
+def padded(mask: np.ndarray, queries: Sequence[Segment], keys: Sequence[Segment]) -> np.ndarray:
+    """Which tokens of a sequence that looks at itself are padding, (Q,) bool: nobody looks there."""
+    return np.asarray(~mask.any(axis=0)) if list(queries) == list(keys) else np.zeros(len(mask), bool)
+
+
+def blocks_of(mask: np.ndarray, segments: Sequence[Segment]) -> list[list[Segment]]:
+    """The segments of one sequence, together where they share a block, if the mask is what blocks say: each
+    real token sees all real ones of its block and of lower ones, and none of higher ones. Else none.
+    """
+    real = mask.any(axis=0)
+    block = np.concatenate([np.full(s.length, s.block) for s in segments])
+    expected = (block[None, :] <= block[:, None]) & real
+    if not np.array_equal(mask[real], expected[real]):
+        return []
+    numbers = sorted({s.block for s in segments})
+    return [[s for s in segments if s.block == number] for number in numbers]
+
+
+def blocks_title(blocks: Sequence[Sequence[Segment]]) -> str:
+    """What blocks mean, in words."""
+    number = ("One", "Two", "Three", "Four", "Five")[len(blocks) - 1] if len(blocks) < 6 else f"{len(blocks)}"
+    told = " → ".join(palette.listed([s.name for s in block], 4) for block in reversed(blocks))
+    return f"{number} blocks, each sees itself and those before it: {told}"
 
 
 def mask_title(mask: np.ndarray, queries: Sequence[Segment], keys: Sequence[Segment]) -> str:
@@ -101,6 +140,9 @@ def mask_title(mask: np.ndarray, queries: Sequence[Segment], keys: Sequence[Segm
         return "Every token may look at every token"
     if _one_way(mask, queries, keys):
         return "Looking goes one way: each may look at itself and back, nobody ahead"
+    blocks = blocks_of(mask, keys) if list(queries) == list(keys) else []
+    if len(blocks) > 1 and (len(blocks) > 2 or not mask.any(axis=0).all()):
+        return blocks_title(blocks)
     seen_by = {k: [q.name for q in queries if mask[q.start : q.stop, k.start : k.stop].any()] for k in keys}
     nobody = [k.name for k, names in seen_by.items() if not names]
     if nobody:
@@ -126,15 +168,15 @@ def _one_way(mask: np.ndarray, queries: Sequence[Segment], keys: Sequence[Segmen
     return len(keys) > 2 and np.array_equal(seen, np.tri(len(keys), dtype=bool))
 
 
-def _axes(ax: Axes | None, queries: Sequence[Segment], keys: Sequence[Segment]) -> Axes:
+def _axes(ax: Axes | None, queries: Sequence[Segment], keys: Sequence[Segment], title: str) -> Axes:
     """The axes given, or a square on a new sheet, with room for the names of the groups."""
     if ax is not None:
         return palette.panel(ax, 0)[1]
     left = 0.45 + max(palette.text_width(f"{s.name} · {s.length}") for s in queries)
     side = min(SIDE, palette.WIDTH - left - RIGHT)
     lines = 1 + max(label.level for label in place_labels(keys, side, _key_names(queries, keys)))
-    figure = palette.sheet(TOP + LINE * lines + 0.05 + side + BOTTOM, layout=None)
-    return palette.axes_at(figure, left, TOP + LINE * lines + 0.05, side, side)
+    top = TOP + LINE * lines + 0.05 + 0.17 * palette.wrapped(title, palette.WIDTH - 0.3).count("\n")
+    return palette.axes_at(palette.sheet(top + side + BOTTOM, layout=None), left, top, side, side)
 
 
 def _key_names(queries: Sequence[Segment], keys: Sequence[Segment]) -> list[str]:
@@ -158,6 +200,17 @@ def _hatch(ax: Axes, keys: Sequence[Segment]) -> None:
             ax.add_patch(Rectangle((left, 0), right - left, 1, **hatched))
 
 
+def _hatch_padding(ax: Axes, padding: np.ndarray, edges: np.ndarray) -> None:
+    """Padding as hatched columns, and as rows that are veiled: what they see changes nothing."""
+    steps = np.flatnonzero(np.diff(np.concatenate(([False], padding, [False])).astype(int)))
+    for start, stop in zip(steps[::2], steps[1::2], strict=True):
+        low, high = edges[start], edges[stop]
+        hatched: dict[str, Any] = {**palette.PADDING, "facecolor": "none", "gid": "padding"}
+        ax.add_patch(Rectangle((0, low), 1, high - low, color=palette.PAPER, alpha=0.75, linewidth=0))
+        ax.add_patch(Rectangle((0, low), 1, high - low, **hatched))
+        ax.add_patch(Rectangle((low, 0), high - low, 1, **hatched))
+
+
 def _rule_off(ax: Axes, queries: Sequence[Segment], keys: Sequence[Segment]) -> None:
     """Strong lines between groups, hair lines between tokens where they are large enough to be told apart."""
     for segments, tokens, draw in (
@@ -167,7 +220,11 @@ def _rule_off(ax: Axes, queries: Sequence[Segment], keys: Sequence[Segment]) -> 
         wide = np.diff(tokens) > 0.012
         inner = [t for i, t in enumerate(tokens[1:-1], 1) if wide[i - 1] and wide[i]]
         draw(inner, 0, 1, color=palette.PAPER, linewidth=0.3)
-        draw(segment_edges(segments), 0, 1, color=palette.INK, linewidth=0.9, clip_on=False)
+        edges, blocks = segment_edges(segments), [s.block for s in segments]
+        draw(edges, 0, 1, color=palette.INK, linewidth=0.9, clip_on=False)
+        apart = [at for at, one, other in zip(edges[1:-1], blocks, blocks[1:], strict=False) if one != other]
+        if len(apart) + 1 < len(segments):
+            draw(apart, 0, 1, color=palette.INK, linewidth=1.8, clip_on=False)
     ax.spines[:].set_visible(False)
 
 
@@ -187,5 +244,6 @@ def _name_groups(
     ax.set_ylabel("queries: who looks", labelpad=6)
     for middle, (few, most) in zip(at, counts, strict=True):
         told = f"sees {most}" if few == most else f"sees {few}–{most}"
+        told = told if most else "padding"
         ax.text(1.02, middle, told, va="center", fontsize=palette.FONT - 1, color=palette.MUTED)
     return 1 + max(label.level for label in labels)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,10 @@ from minivla.viz import palette
 from minivla.viz.layout import LINE, check_segments, draw_labels, place_labels, segment_edges, token_edges
 from minivla.viz.masks import check_mask
 from minivla.viz.pictures import as_array
+from minivla.viz.words import BOX, Word, draw_words, height_of, place_words, words_axes
 
 RIBBON = 0.5  # inches
+BLOCKS = 0.28  # inches for the blocks' lines
 LEFT, RIGHT, BOTTOM, TOP = 0.15, 0.2, 0.48, 0.42
 
 
@@ -26,6 +28,7 @@ def plot_tokens(
     *,
     valid: Tensor | np.ndarray | None = None,
     mask: Tensor | np.ndarray | None = None,
+    words: Mapping[str, Sequence[str]] | None = None,
     title: str | None = None,
     ax: Axes | None = None,
 ) -> Figure:
@@ -34,6 +37,8 @@ def plot_tokens(
     `valid` (L,) bool, False where a token is padding, which is hatched; without it, `mask` (Q, L) bool tells:
     padding is what no query may look at (`seen_tokens`). Boxes are as wide as the square
     root of their length, so that one token stays visible beside hundreds; the positions below are exact.
+    Where segments share blocks, a line below the ribbon holds each block together: a token sees its own and
+    those to the left. `words`: by segment's name, its tokens as text, which is written below (not on `ax`).
     Raises ValueError when there are no segments or they do not add up.
     """
     if valid is None and mask is not None:
@@ -42,16 +47,22 @@ def plot_tokens(
     real = np.ones(segments[-1].stop, bool) if valid is None else as_array(valid).astype(bool)
     inches = palette.WIDTH - LEFT - RIGHT if ax is None else palette.inches(ax)
     labels = place_labels(segments, inches, [_count(s, real[s.start : s.stop]) for s in segments])
+    texts = _texts(segments, words or {}, real, inches) if ax is None else []
+    blocks = BLOCKS if len({s.block for s in segments}) not in (1, len(segments)) else 0.0
     with palette.style():
         if ax is None:
             above = LINE * (1 + max(label.level for label in labels))
-            height = TOP + above + RIBBON + BOTTOM
-            ax = palette.axes_at(palette.sheet(height, layout=None), LEFT, TOP, inches, above + RIBBON)
+            below = BOTTOM + blocks + sum(height_of(placed) + 0.1 for _, placed in texts)
+            figure = palette.sheet(TOP + above + RIBBON + below, layout=None)
+            ax = palette.axes_at(figure, LEFT, TOP, inches, above + RIBBON)
+            _write_texts(figure, texts, TOP + above + RIBBON + BOTTOM + blocks, inches)
         ax.set(xlim=(0, inches), ylim=(0, ax.get_window_extent().height / palette.figure_of(ax).dpi))
         _draw_boxes(ax, segments, inches)
         _hatch_padding(ax, token_edges(segments) * inches, real)
         draw_labels(ax, labels, inches, RIBBON)
         _draw_positions(ax, segments, inches)
+        if blocks:
+            _draw_blocks(ax, segments, inches)
         ax.set_title(tokens_title(segments, real) if title is None else title, x=0)
     return palette.figure_of(ax)
 
@@ -98,6 +109,46 @@ def _draw_boxes(ax: Axes, segments: Sequence[Segment], inches: float) -> None:
             ax.vlines(np.linspace(left, right, columns + 1)[1:-1], 0, RIBBON, **seam)
         ax.hlines(np.linspace(0, RIBBON, rows + 1)[1:-1], left, right, **seam)
     ax.vlines(edges[1:-1], 0, RIBBON, color=palette.PAPER, linewidth=2.5)
+
+
+def _texts(
+    segments: Sequence[Segment], words: Mapping[str, Sequence[str]], real: np.ndarray, inches: float
+) -> list[tuple[Segment, list[Word]]]:
+    """Segments whose words are known, and where these go: the first line leaves room for the name."""
+    found = []
+    for s in (s for s in segments if s.name in words):
+        name = palette.text_width(f"{s.name}: ") + 0.06
+        found.append((s, place_words(words[s.name], inches, real[s.start : s.stop], left=name)))
+    return found
+
+
+def _write_texts(
+    figure: Figure, texts: Sequence[tuple[Segment, list[Word]]], down: float, inches: float
+) -> None:
+    for s, placed in texts:
+        tall = height_of(placed)
+        ax = palette.axes_at(figure, LEFT, down, inches, tall)
+        words_axes(ax, inches, tall)
+        ax.text(0, tall - BOX / 2, f"{s.name}:", va="center_baseline", fontsize=palette.FONT)
+        draw_words(
+            ax, placed, [palette.blend(palette.PAPER, palette.colour_of(s.kind), 0.45)] * len(placed), tall
+        )
+        down += tall + 0.1
+
+
+def _draw_blocks(ax: Axes, segments: Sequence[Segment], inches: float) -> None:
+    """A line below the ribbon for each run of segments that share a block, with the block's number."""
+    edges, high = segment_edges(segments) * inches, -0.1
+    starts = [i for i, s in enumerate(segments) if i == 0 or s.block != segments[i - 1].block]
+    for first, stop in zip(starts, [*starts[1:], len(segments)], strict=True):
+        left, right = edges[first] + 0.03, edges[stop] - 0.03
+        ax.plot((left, right), (high, high), color=palette.INK, linewidth=1.2, clip_on=False, gid="block")
+        number = segments[first].block
+        told = f"block {number}" if right - left > 0.6 else str(number)
+        box = {"boxstyle": "square,pad=0.15", "facecolor": palette.PAPER, "edgecolor": "none"}
+        place: dict[str, Any] = {"ha": "center", "va": "top", "fontsize": palette.FONT - 1, "clip_on": False}
+        ax.text((left + right) / 2, high - 0.03, told, color=palette.MUTED, bbox=box, **place)
+    ax.tick_params(axis="x", pad=3 + 72 * BLOCKS)
 
 
 def _hatch_padding(ax: Axes, edges: np.ndarray, valid: np.ndarray) -> None:

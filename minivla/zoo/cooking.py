@@ -14,6 +14,7 @@ from minivla.files import atomic_write
 from minivla.policies.base import Policy
 from minivla.segments import camera_names
 from minivla.training import Evaluation, train
+from minivla.training.checkpoint import newest_state
 from minivla.world import demonstrations
 from minivla.zoo.measuring import UNSEEN, measure, sides
 from minivla.zoo.recipes import Recipe, recipe_of
@@ -38,8 +39,11 @@ def cook(
     options = dict(recipe.training) | ({"steps": steps} if steps else {})
     output = runs / name
     start = [load(target / recipe.start)] if recipe.start else []
+    policy = recipe.make(dataset, *start)
+    if recipe.before is not None and newest_state(output) is None:
+        recipe.before(policy)
     result = train(
-        recipe.make(dataset, *start),
+        policy,
         dataset,
         output=output,
         resume=output.exists(),

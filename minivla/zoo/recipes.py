@@ -7,11 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minivla.data.features import OBS_STATE, features_of
+from minivla.data.steps import Tokenize
+from minivla.data.text import train_tokenizer
 from minivla.policies.act import ACT, ACTConfig
 from minivla.policies.base import Policy
 from minivla.policies.diffusion import INSTRUCTION_WIDTH, DiffusionConfig, DiffusionPolicy
+from minivla.policies.pi import PI0, PI05, PI0Config, PI05Config
+from minivla.policies.vla import StatePrompt
 from minivla.policies.vqbet import VQBeT, VQBeTConfig
 from minivla.world import VOCABULARY
+from minivla.zoo.grounding import random_scenes, teach_to_point, teach_to_see
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,7 @@ class Recipe:
 
     tasks, episodes, data_seed  the demonstrations; `noise` as in `minivla.world.demonstrations`
     make                        builds the policy from the demonstrations (and from the policy `start` names)
+    before                      what a fresh policy learns, in place, before it sees an action
     training                    options of `minivla.train`
     start                       the checkpoint whose encoders it begins with, if any
     aim, missed                 the success rate it is meant to reach on each task; tasks where it does not
@@ -32,6 +38,7 @@ class Recipe:
     episodes: int = 800
     data_seed: int = 0
     noise: float = 0.15
+    before: Callable[[Any], None] | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
     start: str = ""
     aim: float = 0.95
@@ -123,6 +130,63 @@ def _vqbet(dataset: Any, seeing: Any) -> Policy:
     return policy
 
 
+def _pi0(dataset: Any) -> Policy:
+    """A small π0: 0.8 M parameters, two streams of four layers, chunks of 16 actions.
+
+    What it looks at once serves four draws of noise.
+    """
+    tokenizer = train_tokenizer([*dataset.tasks, PROMPT])
+    policy = PI0(PI0Config(**_small(dataset, tokenizer), tokenizer_max_length=32), stats=dataset.stats)
+    return _with_tokenizer(policy, tokenizer)
+
+
+def _pi05(dataset: Any) -> Policy:
+    """A small π0.5, of π0's size; its prompt is longer, for the state stands in it."""
+    tokenizer = train_tokenizer([*dataset.tasks, PROMPT])
+    policy = PI05(PI05Config(**_small(dataset, tokenizer), tokenizer_max_length=44), stats=dataset.stats)
+    return _with_tokenizer(policy, tokenizer)
+
+
+def _small(dataset: Any, tokenizer: Any) -> dict[str, Any]:
+    """Settings that π0 and π0.5 have in common on Tabletop."""
+    inputs, outputs = features_of(dataset)
+    stream = {"width": 96, "layers": 4, "mlp": 192, "heads": 4, "kv_heads": 1, "head_dim": 24}
+    return {
+        "input_features": inputs,
+        "output_features": outputs,
+        "chunk_size": 16,
+        "n_action_steps": 8,
+        "max_state_dim": 3,
+        "max_action_dim": 3,
+        "image_resolution": (64, 64),
+        "compact_vision": True,
+        "vision_size": {"width": 96, "image_size": 64},
+        "language_size": stream,
+        "expert_size": stream,
+        "vocab_size": len(tokenizer),
+        "noise_draws": 4,
+        "optimizer_lr": 1e-3,
+    }
+
+
+def _with_tokenizer(policy: Policy, tokenizer: Any) -> Policy:
+    assert policy.preprocessor is not None
+    (step,) = (step for step in policy.preprocessor.steps if isinstance(step, Tokenize))
+    step.tokenizer = tokenizer
+    return policy
+
+
+def _ground(policy: Any) -> None:
+    """What PaliGemma brings along: eyes, then eyes and language model, learn what is where."""
+    scenes = random_scenes(8_000, seed=7)
+    teach_to_see(policy.paligemma.vision, scenes, steps=2_000)
+    teach_to_point(
+        policy.paligemma, lambda raw: policy.embed_prefix(policy.preprocess(raw)), scenes, steps=4_000
+    )
+
+
+PROMPT = f"Task: , State: {StatePrompt.ending}"
+EVERY = ("reach", "push", "pick_place", "detour", "sort")
 BOTH = ("detour", "pick_place")
 SAMPLERS: tuple[Mapping[str, Any], ...] = (
     *({"noise_scheduler_type": "DDPM", "num_inference_steps": steps} for steps in (100, 25, 10)),
@@ -160,6 +224,24 @@ RECIPES: dict[str, Recipe] = {
         aim=0.9,
         missed=("detour",),
         experiments=CHOOSING,
+    ),
+    "pi0-tabletop": Recipe(
+        name="pi0-tabletop",
+        make=_pi0,
+        tasks=EVERY,
+        episodes=4_000,
+        before=_ground,
+        training={"steps": 9_000, "batch_size": 16, "warmup_steps": 200, "ema": 0.999, "grad_clip": 1.0},
+        aim=0.9,
+    ),
+    "pi05-tabletop": Recipe(
+        name="pi05-tabletop",
+        make=_pi05,
+        tasks=EVERY,
+        episodes=4_000,
+        before=_ground,
+        training={"steps": 7_000, "batch_size": 16, "warmup_steps": 200, "ema": 0.999, "grad_clip": 1.0},
+        aim=0.9,
     ),
 }
 

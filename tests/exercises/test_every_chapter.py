@@ -8,9 +8,17 @@ from tests.exercises import (
     test_chapter03,
     test_chapter04,
     test_chapter05,
+    test_chapter06,
 )
 
-CHAPTERS = (test_chapter01, test_chapter02, test_chapter03, test_chapter04, test_chapter05)
+CHAPTERS = (
+    test_chapter01,
+    test_chapter02,
+    test_chapter03,
+    test_chapter04,
+    test_chapter05,
+    test_chapter06,
+)
 CHECKS = [pair for chapter in CHAPTERS for pair in chapter.CHECKS]
 MISTAKES = [mistake for chapter in CHAPTERS for mistake in chapter.MISTAKES]
 names = [check.__name__ for check, _ in CHECKS]

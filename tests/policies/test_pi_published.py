@@ -1,0 +1,64 @@
+"""π0 and π0.5 at their published size in bfloat16: LeRobot's folder loads, in one copy's memory, and computes
+what LeRobot computes.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from minivla.checkpoints.stored import read_header
+from minivla.policies.vla import EXPERT_HEAD, LM_HEAD
+from tests.parity import relative_error
+
+ROOT = Path(__file__).parents[2]
+COUNTS = {"pi0": 778, "pi05": 813}
+HEADROOM = 40_000_000  # what a process's memory varies by without any tensor
+
+
+def run(side: str, family: str, folder: Path, *size: str) -> None:
+    command = [sys.executable, "-m", "tests.policies.pi_published", side, family, str(folder), *size]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def compare(family: str, folder: Path, *size: str) -> dict[str, float]:
+    """Both sides, one after the other; what was measured."""
+    for side in ("theirs", "ours"):
+        run(side, family, folder, *size)
+    measured = json.loads((folder / "measured.json").read_text())
+    theirs, ours = load_file(folder / "theirs.safetensors"), load_file(folder / "ours.safetensors")
+    assert measured["family"] == family
+    assert sorted(measured["ignored"]) == sorted([LM_HEAD, EXPERT_HEAD])
+    return measured | {
+        "ours": relative_error(ours["bfloat16"], theirs["bfloat16"]),
+        "theirs": relative_error(theirs["bfloat16"], theirs["float32"]),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("family", COUNTS)
+def test_lerobots_bfloat16_folder_at_the_published_size(family, tmp_path):
+    measured = compare(family, tmp_path)
+    print(measured)
+    assert measured["matched"] == COUNTS[family] - 2
+    assert measured["loaded"] <= 1.1 * measured["used"] + HEADROOM
+    assert measured["saved"] <= 1.1 * measured["used"] + HEADROOM
+    stored, again = (read_header(tmp_path / f / "model.safetensors") for f in ("checkpoint", "again"))
+    assert {k: (v.shape, v.dtype) for k, v in again.items()} == {
+        k: (v.shape, v.dtype) for k, v in stored.items()
+    }
+    assert measured["ours"] <= measured["theirs"], "further from LeRobot than its own rounding"
+
+
+@pytest.mark.parametrize("family", COUNTS)
+def test_the_comparison_itself_at_a_tiny_size(family, tmp_path):
+    measured = compare(family, tmp_path, "tiny")
+    assert measured["ours"] <= measured["theirs"]
+    assert measured["matched"] > 100
