@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import act, diffusion, others, vqbet
+from benchmarks import act, diffusion, others, pi, vqbet
 from benchmarks.timing import Row, Section, report
 
 HERE = Path(__file__).parent
@@ -32,6 +32,7 @@ SECTIONS: dict[str, tuple[str, Callable[[], list[Row]], Callable[[], list[str]]]
     "act": ("ACT", act.rows, _nothing),
     "diffusion": ("Diffusion Policy", diffusion.rows, diffusion.notes),
     "vqbet": ("VQ-BeT", vqbet.rows, vqbet.notes),
+    "pi": ("π0 and π0.5", pi.rows, pi.notes),
     "others": ("Recorder and Tabletop", _others, _nothing),
 }
 

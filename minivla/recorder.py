@@ -293,18 +293,23 @@ class Call:
 
         Raises ValueError when a site's segments do not add up to its sequence.
         """
-        for site, rows in self.rows.items():
-            parts = list(rows.values())
-            queries = max(part.start + part.mask.shape[1] for part in parts)
-            keys = max(part.mask.shape[2] for part in parts)
-            self.sites[site] = self.segments_at(site, queries, keys)
-            self.masks[site] = _joined([(part.start, part.mask) for part in parts], queries, keys)
-            kept = [(part.start, part.attention) for part in parts if part.attention is not None]
-            if kept:
-                self.attention[site] = _joined(kept, queries, keys)
+        for site in self.rows:
+            self.masks[site], attention = self.whole(site)
+            self.sites[site] = self.segments_at(site, *self.masks[site].shape[1:])
+            if attention is not None:
+                self.attention[site] = attention
         self.rows.clear()
         self.steps = {name: torch.stack(values) for name, values in self.told.items() if _alike(values)}
         self.told.clear()
+
+    def whole(self, site: str) -> tuple[Tensor, Tensor | None]:
+        """A site's mask (B, Q, K) and, if it is kept, attention (B, heads, Q, K), out of its blocks of rows."""
+        parts = list(self.rows[site].values())
+        queries = max(part.start + part.mask.shape[1] for part in parts)
+        keys = max(part.mask.shape[2] for part in parts)
+        kept = [(part.start, part.attention) for part in parts if part.attention is not None]
+        mask = _joined([(part.start, part.mask) for part in parts], queries, keys)
+        return mask, _joined(kept, queries, keys) if kept else None
 
     def segments_at(self, site: str, queries: int, keys: int) -> tuple[list[Segment], list[Segment]]:
         """Query and key segments of a site. Raises ValueError when they do not add up to the sequence."""

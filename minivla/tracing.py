@@ -429,7 +429,7 @@ class Trace:
         return choice.plot_choice(self.policy, self.call(call), sample=sample, **options)
 
     def plot_cache(self, *, call: int = -1, **options: Any) -> Figure:
-        """What each run of the decoder computes, reads from its cache and keeps there (`minivla.viz.cache`)."""
+        """What each run of the decoder computes, reads from its cache and keeps (`minivla.viz.cache`)."""
         from minivla.viz import cache
 
         return cache.plot_cache(self.call(call).passes, **options)

@@ -5,7 +5,7 @@
 
 The sites, segments and hidden states have the names that minivla's policy of the same family gives them.
 Upstream: LeRobot 0.6 `policies/{act,diffusion,vqbet}/modeling_*.py` and `policies/vqbet/vqbet_utils.py`.
-Nothing of LeRobot is imported here.
+π0's and π0.5's hooks are in `upstream_pi.py`. Nothing of LeRobot is imported here.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from minivla.nn.masks import segment_mask
 from minivla.policies.act import STATES, describe_act, describe_vae
 from minivla.policies.vqbet import segments_of as vqbet_segments
 from minivla.segments import Segment, arrange, camera_names
+from minivla.upstream_pi import hook_pi, pi_sites
 
 # ACT: attention modules below policy.model, and the sites they are.
 ACT_SITES = (
@@ -48,6 +49,8 @@ def sites(policy: Any) -> list[str]:
     family = getattr(policy, "name", "")
     if family == "act":
         return list(act_sites(policy))
+    if family in ("pi0", "pi05"):
+        return pi_sites(policy)
     return [f"gpt.{i}" for i in range(policy.config.gpt_n_layer)] if family == "vqbet" else []
 
 
@@ -232,6 +235,8 @@ FAMILIES: dict[str, Callable[[Any], list[Any]]] = {
     "act": _hook_act,
     "diffusion": _hook_diffusion,
     "vqbet": _hook_vqbet,
+    "pi0": hook_pi,
+    "pi05": hook_pi,
 }
 
 

@@ -148,3 +148,28 @@ def test_the_race_against_lerobot_runs():
     from benchmarks.act import training
 
     assert training("small", 2, 3).ratio > 0
+
+
+def test_the_roofline_counts_what_the_model_computes():
+    """Its FLOPs against torch's own counter, on a small π0.5 of the same shape."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from benchmarks import pi
+
+    ours = pi.make_ours("pi05", pi.SMALL)
+    batch = pi.observation(pi.make_batch("pi05", pi.SMALL, 1))
+    with (
+        FlopCounterMode(display=False) as counter,
+        sdpa_kernel(SDPBackend.MATH),
+    ):  # the fused one is not counted
+        ours.predict_action_chunk(batch, steps=3)
+    c, eyes = ours.config, ours.config.vision
+    tokens = pi.SMALL.cameras * eyes.grid[0] ** 2 + pi.SMALL.real
+    counted = pi.cost_of_chunk(
+        eyes, c.language, c.expert, cameras=2, prompt=pi.SMALL.real, horizon=c.chunk_size, steps=3
+    )
+    total = sum(cost.flops for cost in counted)
+    # Left out: cutting patches, projections, the time's MLP, adaptive norms.
+    assert tokens > 100
+    assert 0.9 < total / counter.get_total_flops() <= 1.0

@@ -256,6 +256,69 @@ def test_parameters_on_meta_keep_to_their_thread() -> None:
     assert not nn.Linear(2, 2).weight.is_meta
 
 
+# --- other names
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_older_names_are_read_as_todays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = classmethod(lambda cls, keys: {key: key.replace("net.", "model.net.") for key in keys})
+    monkeypatch.setattr(Toy, "canonical_names", names)
+    rewrite(folder, lambda t: t.update({f"net.{n}": t.pop(f"model.net.{n}") for n in ("weight", "bias")}))
+    with pytest.raises(CheckpointError, match=r"missing     model\.frozen"):
+        rewrite(folder, lambda t: t.pop("model.frozen"))
+        load(folder)
+    rewrite(folder, lambda t: t.update({"model.frozen": torch.ones(2)}))
+    found = load(folder).receipt
+    assert [(e.key, e.ours) for e in found.matched if e.key.startswith("net")] == [
+        ("net.bias", "inner.bias"),
+        ("net.weight", "inner.weight"),
+    ]
+
+
+def test_two_keys_of_one_name_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = classmethod(lambda cls, keys: {key: key.replace("old.", "model.") for key in keys})
+    monkeypatch.setattr(Toy, "canonical_names", names)
+    rewrite(folder, lambda t: t.update({"old.frozen": torch.ones(2)}))
+    with pytest.raises(CheckpointError, match=r"unexpected  old\.frozen  \(2,\)  model\.frozen is the same"):
+        load(folder)
+
+
+def test_one_tensor_stands_in_for_another(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stored as one, needed as two: each gets a copy of its own."""
+    monkeypatch.setattr(Toy, "STAND_INS", {"model.frozen": "model.scale", "model.net.bias": "model.frozen"})
+    rewrite(folder, lambda t: t.pop("model.frozen"))
+    policy = load(folder)
+    assert [(e.key, e.source) for e in policy.receipt.tied if e.source] == [("model.frozen", "model.scale")]
+    assert torch.equal(policy.frozen, policy.scale)
+    assert policy.frozen.data_ptr() != policy.scale.data_ptr()
+    assert receipt(folder).entries == policy.receipt.entries
+    rewrite(folder, lambda t: t.pop("model.net.bias"))
+    assert [entry.key for entry in receipt(folder).missing] == ["model.net.bias"]  # no chains
+
+
+def test_a_stand_in_that_is_not_needed_itself_is_matched(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Toy, "STAND_INS", {"model.frozen": "model.unused.head"})
+    rewrite(folder, lambda t: t.update({"model.unused.head": torch.full((2,), 7.0)}))
+    assert [entry.key for entry in load(folder).receipt.ignored] == ["model.unused.head"]
+    rewrite(folder, lambda t: t.pop("model.frozen"))
+    policy = load(folder)
+    assert policy.receipt.ignored == []
+    assert policy.frozen.tolist() == [7.0, 7.0]
+
+
+def test_extra_tensors_are_written_beside_ours(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    policy = load(folder)
+    extra = {"model.unused.again": policy.frozen, "model.unused.zeros": torch.zeros(()).expand(3, 2)}
+    monkeypatch.setattr(policy, "extra_tensors", lambda: extra)
+    monkeypatch.setattr(policy.config, "extra", 0)
+    found = load_file(policy.save(tmp_path / "again") / "model.safetensors")
+    assert torch.equal(found["model.unused.again"], policy.frozen)
+    assert torch.equal(found["model.unused.zeros"], torch.zeros(3, 2))
+    assert len(load(tmp_path / "again").receipt.ignored) == 2
+
+
 # --- headers alone
 # ---------------------------------------------------------------------------------------------
 

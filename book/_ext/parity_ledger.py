@@ -1,4 +1,5 @@
-"""The directive `ledger`: what the parity tests measured, read from book/ledger/*.json."""
+"""The directives `ledger` and `layouts`: what the parity tests measured, and which published files map key by
+key, read from book/ledger/*.json."""
 
 import html
 import json
@@ -12,14 +13,15 @@ from sphinx.application import Sphinx
 
 Row = dict[str, Any]
 COLUMNS = ("block", "largest difference", "tolerance", "dtype", "")
+LAYOUTS = "layouts.json"
+COUNTS = ("stored", "matched", "tied", "ignored", "missing", "unexpected")
 NAMES = {"act": "ACT"}  # families by the names people call them
 
 
 def read(folder: Path) -> list[Row]:
     """All rows, in the order of the files and, inside each, of the blocks."""
-    return [
-        row for path in sorted(folder.glob("*.json")) for row in json.loads(path.read_text(encoding="utf-8"))
-    ]
+    paths = sorted(path for path in folder.glob("*.json") if path.name != LAYOUTS)
+    return [row for path in paths for row in json.loads(path.read_text(encoding="utf-8"))]
 
 
 def line(row: Row) -> str:
@@ -50,6 +52,42 @@ def verdict(rows: list[Row]) -> str:
     return f"{len(red)} of {len(rows)} rows differ, first in block {red[0]['block']} ({red[0]['case']})."
 
 
+def layout_table(rows: list[Row]) -> str:
+    """The published layouts of each family, and what became of their keys."""
+    head = "".join(f"<th>{name}</th>" for name in ("layout", *COUNTS, "", "known from"))
+    body = ""
+    for family, group in groupby(
+        sorted(rows, key=lambda row: str(row["family"])), key=lambda row: row["family"]
+    ):
+        body += f'<tr class="mv-case"><th colspan="{len(COUNTS) + 3}">{html.escape(family)}</th></tr>'
+        body += "".join(map(_layout_line, group))
+    inside = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f'<div class="mv-wide"><table class="table mv-ledger">{inside}</table></div>'
+
+
+def _layout_line(row: Row) -> str:
+    verdict = "equal" if row["ok"] else "differs"
+    said = "maps" if row["ok"] else "does not map"
+    values = (row["layout"], *(row[name] for name in COUNTS), said, row["source"])
+    cells = "".join(f"<td>{html.escape(str(value))}</td>" for value in values)
+    return f'<tr class="mv-row mv-{verdict}">{cells}</tr>'
+
+
+class Layouts(Directive):
+    """A table of published layouts."""
+
+    def run(self) -> list[nodes.Node]:
+        """The table; a note when there is none."""
+        environment = self.state.document.settings.env
+        path = Path(environment.srcdir) / "ledger" / LAYOUTS
+        for each in (path, Path(__file__)):
+            environment.note_dependency(str(each))
+        if not path.is_file():
+            return [nodes.paragraph("", "Nothing has been mapped yet: run make ledger.")]
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return [nodes.raw("", layout_table(rows), format="html")]
+
+
 class Ledger(Directive):
     """A section a family."""
 
@@ -75,4 +113,5 @@ class Ledger(Directive):
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register with Sphinx."""
     app.add_directive("ledger", Ledger)
+    app.add_directive("layouts", Layouts)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -436,6 +436,11 @@ class PI05(PI0):
     def _add_time(self, state: int, width: int) -> None:
         self.time_mlp_in, self.time_mlp_out = nn.Linear(width, width), nn.Linear(width, width)
 
+    def state(self, batch: Batch) -> Tensor:
+        """Nothing, (B, 0): the state was read."""
+        words = prompt(batch)[0]
+        return words.new_empty(len(words), 0)
+
     def embed_suffix(self, state: Tensor, noisy: Tensor, time: Tensor) -> Suffix:
         """Noisy chunk (B, H, max_action_dim) as tokens (B, H, D), time (B,) or (1,) as the condition (B, D).
 

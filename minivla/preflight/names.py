@@ -21,7 +21,8 @@ def match_inputs(
 ) -> tuple[list[Finding], dict[str, str]]:
     """Find each of the policy's inputs in a raw batch, under its own name or the likest one.
 
-    `optional`: inputs that may be absent, of which a warning is enough. Returns what is wrong, and {the policy's name: the batch's name} for those found.
+    `optional`: inputs that may be absent, of which a warning is enough. Returns what is wrong, and {the
+    policy's name: the batch's name} for those found.
     """
     places = {rename.get(key, key): key for key in raw if rename.get(key, key) in inputs}
     missing = [key for key in inputs if key not in places and EMPTY not in key]

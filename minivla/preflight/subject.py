@@ -99,7 +99,7 @@ class Subject:
 
     @property
     def optional(self) -> tuple[str, ...]:
-        """Inputs that an observation may lack; of LeRobot's policies, too, those on a PaliGemma mask cameras."""
+        """Inputs that an observation may lack; LeRobot's policies on a PaliGemma, too, mask cameras."""
         if isinstance(self.policy, Policy):
             return self.policy.optional_inputs
         features = features_from(self.config.input_features)

@@ -67,13 +67,17 @@ def cache_title(passes: Sequence[Pass]) -> str:
 
 def _draw_run(ax: Axes, i: int, run: Pass) -> None:
     """What is read below, what is computed above: kept, or forgotten and hatched."""
-    look: dict[str, Any] = {"linewidth": 0, "zorder": 2}
-    ax.add_patch(Rectangle((i - 0.4, 0), 0.8, run.read, facecolor=READ, gid="read", **look))
+    look: dict[str, Any] = {"linewidth": 0.8, "zorder": 2}  # an edge, so that one token is seen
+    ax.add_patch(Rectangle((i - 0.4, 0), 0.8, run.read, facecolor=READ, linewidth=0, gid="read"))
     for start, count, colour, name in (
         (run.read, run.written, KEPT, "written"),
         (run.read + run.written, run.computed - run.written, FORGOTTEN, "forgotten"),
     ):
-        ax.add_patch(Rectangle((i - 0.4, start), 0.8, count, facecolor=colour, gid=name, **look))
+        if count:
+            box = Rectangle(
+                (i - 0.4, start), 0.8, count, facecolor=colour, edgecolor=colour, gid=name, **look
+            )
+            ax.add_patch(box)
 
 
 def _scale_of_bytes(ax: Axes, token: int) -> None:

@@ -53,6 +53,9 @@ def plot_curves(
             if len(runs) > 1:
                 ax.fill_between(x, runs.min(0), runs.max(0), color=look["color"], alpha=0.18, linewidth=0)
         ax.set(xlabel=xlabel, ylabel=ylabel)
+        every = np.unique(np.concatenate([x for x, _ in drawn.values()]))
+        if "x" in log and len(every) <= MARKED // 2:
+            ax.set_xticks(every)
         for axis in [getattr(ax, f"{side}axis") for side in log]:
             axis.set_minor_locator(NullLocator())
             axis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -78,7 +81,8 @@ def _curve(name: str, x: Any, y: Any, log: str) -> tuple[np.ndarray, np.ndarray]
 
 
 def _name_ends(ax: Axes, drawn: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
-    """Names right of the last points, moved apart where they would touch, in an equally wide margin."""
+    """Names right of the axes, as high as the last points, moved apart where they would touch."""
+    ax.autoscale_view()  # limits, which are otherwise found when a figure is drawn
     ends = np.array([(x[-1], runs.mean(0)[-1]) for x, runs in drawn.values()])
     places = ax.transAxes.inverted().transform(ax.transData.transform(ends))[:, 1]
     order = places.argsort(kind="stable")

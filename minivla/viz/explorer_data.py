@@ -319,8 +319,8 @@ def _words(stretch: Stretch, segment: Segment, call: Call, sample: int) -> dict[
         return {}
     if len(rows[sample]) != segment.length:
         raise ValueError(
-            f"segment {segment.name!r} has {segment.length} tokens and {len(rows[sample])} words; expected as "
-            "many"
+            f"segment {segment.name!r} has {segment.length} tokens and {len(rows[sample])} words; expected "
+            "one for each"
         )
     seen = np.asarray(stretch.mask.any(axis=0))[segment.start : segment.stop]
     return {"words": [shown_word(w) if real else "" for w, real in zip(rows[sample], seen, strict=True)]}

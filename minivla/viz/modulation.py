@@ -19,7 +19,7 @@ PARTS = ("scale", "shift", "gate")
 SMALL = palette.FONT - 1
 
 
-def modulation(steps: Mapping[str, Tensor], part: str, *, sample: int = 0) -> tuple[list[str], np.ndarray]:
+def modulations(steps: Mapping[str, Tensor], part: str, *, sample: int = 0) -> tuple[list[str], np.ndarray]:
     """What steers each adaptive norm: their names, in the network's order, and (norms, N, D).
 
     steps: a trace's; part: "scale", "shift" or "gate"; sample: of those that may differ (a loss draws a time
@@ -49,9 +49,9 @@ def plot_modulation(
     A cell is the root mean square over the channels: 0 is a norm without scale or shift, and a gate through
     which nothing passes. `times` (N,) or (N, B) names the steps; without it `steps["time"]`. The norm before
     the last projection has no branch behind it: its gate is computed, and not used.
-    Raises ValueError as `modulation`.
+    Raises ValueError as `modulations`.
     """
-    found = {part: modulation(steps, part, sample=sample) for part in PARTS}
+    found = {part: modulations(steps, part, sample=sample) for part in PARTS}
     names, gates = found["gate"]
     clocks = _times(steps.get("time") if times is None else times, gates.shape[1], sample)
     with palette.style():

@@ -85,7 +85,9 @@ def plot_said(policy: Any, call: Call, *, sample: int = 0, **options: Any) -> Fi
     if not 0 <= sample < len(said):
         raise ValueError(f"sample is {sample}; this call holds {len(said)}: expected 0 to {len(said) - 1}")
     chunk = call.batch["action"] if call.chunk is None else call.chunk
-    tokens = policy.sentences.tokens(said[sample : sample + 1])[0]
+    begin = policy.sentences.marks.begin
+    said = [token for token in said[sample].tolist() if token != begin]
+    tokens = policy.sentences.tokens(torch.tensor([said]))[0]
     return plot_spelling(policy.sentences.fast, chunk[sample], **{"tokens": tokens, **options})
 
 
@@ -137,7 +139,7 @@ def _draw_spans(ax: Axes, spans: Sequence[Sequence[int]], horizon: int, names: S
     for i in reversed(range(len(spans))):
         for place in (place for place in spans[i] if place < horizon * size):
             frequency, dimension = divmod(place, size)
-            look = {"facecolor": TURNS[i % len(TURNS)], "linewidth": 0}
+            look: dict[str, Any] = {"facecolor": TURNS[i % len(TURNS)], "linewidth": 0}
             ax.add_patch(Rectangle((frequency - 0.5, dimension - 0.5), 1, 1, gid=f"token {i}", **look))
     ax.set(xlim=(-0.5, horizon - 0.5), ylim=(size - 0.5, -0.5))
     _name_dimensions(ax, names)

@@ -52,9 +52,9 @@ def place_words(
 ) -> list[Word]:
     """Boxes in lines at most `inches` wide, the first of which begins at `left`; a run of padding is one box.
 
-    words, valid (L,): the tokens' texts, and which of them are real (all, unless given); `empty` says what the
-    others are. A word's space
-    before it becomes a gap: without it the box touches the one before. Raises ValueError for another length.
+    words, valid (L,): the tokens' texts, and which of them are real (all, unless given); `empty` says what
+    the others are. A word's space before it becomes a gap: without it the box touches the one before. Raises
+    ValueError for another length.
     """
     real = np.ones(len(words), bool) if valid is None else np.asarray(valid, bool)
     if len(real) != len(words):

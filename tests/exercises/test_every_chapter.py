@@ -9,6 +9,7 @@ from tests.exercises import (
     test_chapter04,
     test_chapter05,
     test_chapter06,
+    test_chapter10,
 )
 
 CHAPTERS = (
@@ -18,6 +19,7 @@ CHAPTERS = (
     test_chapter04,
     test_chapter05,
     test_chapter06,
+    test_chapter10,
 )
 CHECKS = [pair for chapter in CHAPTERS for pair in chapter.CHECKS]
 MISTAKES = [mistake for chapter in CHAPTERS for mistake in chapter.MISTAKES]

@@ -129,7 +129,7 @@ def in_their_hands(module: Any) -> Any:
 
 
 def _pictures_of(size: int, module: Any) -> Any:
-    """Inside, its eyes are made for pictures of this size: `image_resolution` does not reach them upstream."""
+    """Inside, its eyes are made for pictures of this size; upstream, `image_resolution` does not do so."""
     made = module.PaliGemmaForConditionalGenerationWithPiGemma
 
     def build(config: Any) -> Any:

@@ -5,6 +5,13 @@
 
 3.2 thousand million parameters do not fit a machine of 24 GiB twice, so the sides meet in files: the folder
 `checkpoint`, `inputs.safetensors`, `theirs.safetensors`, `ours.safetensors`, `measured.json`.
+
+What bfloat16 means. LeRobot casts the whole network before it puts norms and vision back to float32, and with
+it the frequencies of the rotary positions, which stay rounded: at position 800 an angle is off by up to a
+radian. Neither its float32, nor openpi, nor minivla does that. So LeRobot is compared with its frequencies
+mended (`exact_frequencies`), and what they cost is measured. Two programs that round at other places are
+about as far apart as each is from float32; where minivla is made to round where LeRobot does
+(`rounding_as_lerobot`: it keeps attention scores and gated branches in bfloat16) nothing remains.
 """
 
 from __future__ import annotations
@@ -14,10 +21,13 @@ import gc
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from einops import repeat
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -40,6 +50,32 @@ def inputs(sizes: dict[str, int]) -> dict[str, Tensor]:
         "observation.language.attention_mask": torch.arange(24)[None] < 17,
         "noise": torch.randn(1, sizes["horizon"], 32, generator=generator),
     }
+
+
+def exact_frequencies(theirs: nn.Module) -> None:
+    """LeRobot's rotary positions as they are before it rounds them."""
+    for module in theirs.modules():
+        if (found := getattr(module, "inv_freq", None)) is not None:
+            step = torch.arange(0, 2 * len(found), 2).float() / (2 * len(found))
+            module.inv_freq = 1.0 / 10_000**step
+
+
+@contextlib.contextmanager
+def rounding_as_lerobot() -> Iterator[None]:
+    """Inside, our decoder rounds to bfloat16 where transformers' eager attention and gates do."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **_: Any) -> Tensor:
+        group = query.shape[1] // key.shape[1]
+        key, value = (repeat(x, "b heads k d -> b (heads group) k d", group=group) for x in (key, value))
+        scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
+        scores = scores + torch.where(mask[:, None], 0.0, -2.3819763e38)
+        return scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype) @ value
+
+    def gated(tokens: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
+        return tokens + (branch if gate is None else branch * gate)
+
+    with mock.patch("minivla.nn.decoder.attend", attend), mock.patch("minivla.nn.decoder._gated", gated):
+        yield
 
 
 PUBLISHED = {"side": 224, "words": 257_152, "horizon": 50}
@@ -85,11 +121,17 @@ def theirs(family: str, folder: Path, tiny: bool) -> None:
     network.paligemma.lm_head = network.gemma_expert.lm_head = nn.Identity()  # nobody asks them
     gc.collect()
     noise = given.pop("noise")
-    found = {"bfloat16": policy.predict_action_chunk(given, noise=noise, num_steps=STEPS).float()}
+
+    def chunk() -> Tensor:
+        return policy.predict_action_chunk(given, noise=noise, num_steps=STEPS).float().contiguous()
+
+    found = {"as it is": chunk()}
+    exact_frequencies(policy)
+    found["bfloat16"] = chunk()
     for parameter in policy.parameters():  # one by one: both at once are too large
         parameter.data = parameter.data.float()
-    found["float32"] = policy.predict_action_chunk(given, noise=noise, num_steps=STEPS).float()
-    save_file({key: value.contiguous() for key, value in found.items()}, folder / "theirs.safetensors")
+    found["float32"] = chunk()
+    save_file(found, folder / "theirs.safetensors")
 
 
 def peak() -> int:
@@ -113,8 +155,11 @@ def ours(family: str, folder: Path, tiny: bool) -> None:
     saved = peak() - before
     given = load_file(folder / "inputs.safetensors")
     noise = given.pop("noise")
-    chunk = policy.predict_action_chunk(given, noise=noise, steps=STEPS).float()
-    save_file({"bfloat16": chunk.contiguous()}, folder / "ours.safetensors")
+    found = {"bfloat16": policy.predict_action_chunk(given, noise=noise, steps=STEPS).float().contiguous()}
+    with rounding_as_lerobot():
+        chunk = policy.predict_action_chunk(given, noise=noise, steps=STEPS)
+    found["rounded alike"] = chunk.float().contiguous()
+    save_file(found, folder / "ours.safetensors")
     measured = {
         "used": sum(p.numel() * p.element_size() for p in policy.state_dict().values()),
         "loaded": loaded,

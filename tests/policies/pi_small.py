@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -127,26 +127,28 @@ def their_module(family: str) -> Any:
 
 
 @contextmanager
-def at_tiny_size(module: Any, case: Case) -> Iterator[None]:
+def at_size(
+    module: Any, vision: dict[str, int], language: dict[str, int], expert: dict[str, int], words: int
+) -> Iterator[None]:
     """Inside, LeRobot builds its networks in our sizes, where it has none of its own to set."""
     made, mapping = module.PaliGemmaForConditionalGenerationWithPiGemma, module.CONFIG_MAPPING
     order = ("width", "layers", "mlp", "heads", "kv_heads", "head_dim")
 
     def shape(variant: str) -> Any:
-        sizes = case.language if variant == "gemma_2b" else case.expert
+        sizes = language if variant == "gemma_2b" else expert
         return module.GemmaConfig(*(sizes[name] for name in order))
 
     def paligemma(config: Any) -> Any:
         eyes = config.vision_config
-        eyes.hidden_size, eyes.intermediate_size = VISION["width"], VISION["mlp"]
-        eyes.num_hidden_layers, eyes.num_attention_heads = VISION["layers"], VISION["heads"]
-        eyes.projection_dim = LANGUAGE["width"]
-        config.text_config.vocab_size = config._vocab_size = WORDS
+        eyes.hidden_size, eyes.intermediate_size = vision["width"], vision["mlp"]
+        eyes.num_hidden_layers, eyes.num_attention_heads = vision["layers"], vision["heads"]
+        eyes.projection_dim = language["width"]
+        config.text_config.vocab_size = config._vocab_size = words
         return made(config=config)
 
     class FewWords:
         def __getitem__(self, kind: str) -> Any:
-            return lambda **settings: mapping[kind](**settings | ({"vocab_size": WORDS} if settings else {}))
+            return lambda **settings: mapping[kind](**settings | ({"vocab_size": words} if settings else {}))
 
     with (
         mock.patch.object(module, "get_gemma_config", shape),
@@ -154,6 +156,11 @@ def at_tiny_size(module: Any, case: Case) -> Iterator[None]:
         mock.patch.object(module, "CONFIG_MAPPING", FewWords()),
     ):
         yield
+
+
+def at_tiny_size(module: Any, case: Case) -> AbstractContextManager[None]:
+    """`at_size` for a case."""
+    return at_size(module, VISION, case.language, case.expert, WORDS)
 
 
 def make_theirs(family: str, case: Case = EVERYTHING, **settings: Any) -> Any:

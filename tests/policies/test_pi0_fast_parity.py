@@ -284,8 +284,8 @@ def golden_loss(ours: PI0Fast, stored: dict[str, Tensor]) -> tuple[dict[str, Ten
 
 
 def golden_rows() -> list[Row]:
-    """To 1e-5 of the largest value, as everywhere. Stored JAX vectors may be further away (1.5e-5 absolute for
-    what the network computes, 2e-4 for a loss: section 10 of the reference page); these are not.
+    """To 1e-5 of the largest value, as everywhere, although stored JAX vectors may be further away: 1.5e-5,
+    absolute, for what each part computes, 2e-4 for a loss (section 10 of the reference page).
     """
     ours, stored = golden()
     mine, theirs = golden_loss(ours, stored)
@@ -365,7 +365,7 @@ def test_what_is_said_is_read_as_upstream_does(plans, seed):
         "fast": lambda: ours.write(chunks(1, int(torch.randint(99, (1,), generator=draw))))[0][4:-2],
         "any": lambda: torch.randint(WORDS, (2,), generator=draw).tolist(),
     }
-    rows = [sum((pieces[piece]() for piece in plan), []) for plan in plans]
+    rows = [[token for piece in plan for token in pieces[piece]()] for plan in plans]
     size = max(1, *map(len, rows))
     ids = torch.tensor([row + [0] * (size - len(row)) for row in rows])
     logging.disable()
@@ -378,7 +378,7 @@ def test_an_answer_without_its_opening_is_an_error_in_both():
     theirs, _ = upstream(CASES[0])
     ours = make_ours(theirs, CASES[0], validate_action_token_prefix=True)
     batch = fast_batch(ours, CASES[0])
-    with pytest.raises(ValueError, match="do not begin with 'Action: '.*validate_action_token_prefix=False"):
+    with pytest.raises(ValueError, match=r"do not begin with 'Action: '.*validate_action_token_prefix=False"):
         ours.predict_action_chunk(batch)
     with (
         mock.patch.object(theirs.config, "validate_action_token_prefix", True),

@@ -21,6 +21,7 @@ PARAMETERS = {"pi0": 3_238_048_528, "pi05": 3_353_433_872, "pi0_fast": 2_923_335
 NAMES = {"pi0": "π0", "pi05": "π0.5", "pi0_fast": "π0-FAST"}
 CASES = [(family, layout) for layout in LAYOUTS for family in layout.families]
 ROWS: list[dict[str, Any]] = []
+WRITING = bool(os.environ.get("MINIVLA_LEDGER"))
 network = functools.cache(their_network)
 
 
@@ -36,7 +37,7 @@ def row(family: str, layout: Layout, found: Receipt) -> dict[str, Any]:
 def _ledger():
     ROWS.clear()
     yield
-    if os.environ.get("MINIVLA_LEDGER"):
+    if WRITING:
         LEDGER.mkdir(parents=True, exist_ok=True)
         (LEDGER / "layouts.json").write_text(
             json.dumps(ROWS, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
@@ -56,6 +57,7 @@ def test_every_key_of_a_published_layout_is_mapped(family, layout, tmp_path):
     found = receipt(folder)
     ROWS.append(row(family, layout, found))
     assert found.ok, str(found)
+    assert WRITING or ROWS[-1] in json.loads((LEDGER / "layouts.json").read_text(encoding="utf-8"))
     assert ROWS[-1]["stored"] == len(layout.tensors(shapes))
     ours = [entry.ours for entry in (*found.matched, *found.tied)]
     assert len(ours) == len(set(ours)), "a tensor of ours is filled twice"
@@ -90,14 +92,8 @@ def test_a_file_of_another_family_does_not_pass(tmp_path):
 
 def test_a_key_too_few_and_a_key_too_many_are_seen(tmp_path):
     shapes, config = network("pi0")
-    first = next(iter(shapes))
+    first = "model.action_in_proj.weight"
     shapes = {key: shape for key, shape in shapes.items() if key != first} | {"model.more": (3,)}
     found = receipt(write_folder(tmp_path / "folder", shapes, config, LAYOUTS[0]))
     assert [entry.key for entry in found.missing] == [first]
     assert [entry.key for entry in found.unexpected] == ["model.more"]
-
-
-def test_the_ledger_is_up_to_date():
-    """What the book shows is what was found here."""
-    written = json.loads((LEDGER / "layouts.json").read_text(encoding="utf-8"))
-    assert written == ROWS

@@ -333,9 +333,9 @@ TEXTS = ["Pick up the red_block\n", "  fold the\tT-shirt ", "open_drawer\nthen c
 
 
 def test_prompts_are_upstreams_to_the_character():
+    from lerobot.lerobot_types import TransitionKey
     from lerobot.policies.pi0.processor_pi0 import Pi0NewLineProcessor
     from lerobot.policies.pi05.processor_pi05 import Pi05PrepareStateTokenizerProcessorStep
-    from lerobot.lerobot_types import TransitionKey
 
     edges = torch.linspace(-1, 1, 257)
     state = torch.cat((edges, edges + 1e-6, torch.tensor([-1.5, 1.7, 0.0])))[None].expand(len(TEXTS), -1)

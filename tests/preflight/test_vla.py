@@ -105,9 +105,7 @@ def padded_with_minus_one(p, monkeypatch):
 
 
 def thawing(p, monkeypatch):
-    def train(self, mode=True):
-        self.requires_grad_(True)
-        return super(type(self), self).train(mode)
+    """What is frozen moves all the same."""
 
     def forward(self, batch, **options):
         loss, parts = PI0.forward(self, batch, **options)
@@ -122,10 +120,8 @@ def unread(p, monkeypatch):
     """The prompt is masked."""
 
     def embed_prefix(self, batch):
-        found = PI0.embed_prefix(self, batch)
-        words = batch["observation.language.tokens"].shape[1]
-        found.valid[:, -words:] = False
-        return found
+        mask = "observation.language.attention_mask"
+        return PI0.embed_prefix(self, {**batch, mask: torch.zeros_like(batch[mask])})
 
     bind(p.policy, "embed_prefix", embed_prefix)
 

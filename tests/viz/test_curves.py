@@ -31,6 +31,7 @@ def test_names_stand_in_the_order_of_the_ends_and_apart():
     same = {name: (X, torch.full((3,), level)) for name, level in (("b", 1.0), ("c", 1.01), ("a", 0.0))}
     (ax,) = plot_curves(same, **AXES).axes
     place = {text.get_text(): text.xy[1] for text in ax.texts}
+    assert all(0 <= height <= 1 for height in place.values())
     assert place["a"] < place["b"] < place["c"]
     assert (place["c"] - place["b"]) * ax.get_window_extent().height / ax.figure.dpi > 0.15
 

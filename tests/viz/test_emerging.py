@@ -51,7 +51,7 @@ def test_the_lines_are_the_partial_chunks(fast):
         assert torch.equal(torch.as_tensor(grey), chunk[:, a])
         for count, drawn in zip((1, 4, len(tokens)), lines(ax, "said"), strict=True):
             assert torch.equal(torch.as_tensor(drawn), partial[count, :, a])
-    assert [ax.get_title() for ax in figure.axes] == ["x", "y", "grip"]
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["x", "y", "grip"]
     assert figure.get_size_inches()[0] == palette.WIDTH
 
 
