@@ -303,7 +303,7 @@ class Call:
         self.told.clear()
 
     def whole(self, site: str) -> tuple[Tensor, Tensor | None]:
-        """A site's mask (B, Q, K) and, if it is kept, attention (B, heads, Q, K), out of its blocks of rows."""
+        """A site's mask (B, Q, K) and, if kept, attention (B, heads, Q, K), out of its blocks of rows."""
         parts = list(self.rows[site].values())
         queries = max(part.start + part.mask.shape[1] for part in parts)
         keys = max(part.mask.shape[2] for part in parts)

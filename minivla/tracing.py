@@ -477,11 +477,12 @@ def trace(policy: Any, *, attention: bool | str | Sequence[str] = True, tokenize
         with minivla.trace(policy) as t:
             policy.select_action(batch)
 
-    `policy` is one of minivla's, or LeRobot's own ACT, Diffusion Policy or VQ-BeT (`minivla.upstream`); one
-    wrapped by `torch.compile` or for distributed training is looked for inside its wrapper, and compiled code
-    runs eagerly meanwhile. `attention` chooses the sites whose weights are recomputed and kept: True for all,
-    or names with wildcards ("decoder.*.cross", or a list). Masks, segments and hidden states are always kept.
-    `tokenizer` writes the words of a prompt out; without it the preprocessor's does, once it was loaded.
+    `policy` is one of minivla's, or LeRobot's own ACT, Diffusion Policy, VQ-BeT, π0 or π0.5
+    (`minivla.upstream`); one wrapped by `torch.compile` or for distributed training is looked for inside its
+    wrapper, and compiled code runs eagerly meanwhile. `attention` chooses the sites whose weights are
+    recomputed and kept: True for all, or names with wildcards ("decoder.*.cross", or a list). Masks, segments
+    and hidden states are always kept. `tokenizer` writes the words of a prompt out; without it the
+    preprocessor's does, once it was loaded.
     Costs nothing when it is off. Of several open traces of one policy the innermost records a call; a policy
     that runs inside another has calls of its own.
 

@@ -17,7 +17,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # What each room may import from the others. A room not named may import everything but the rooms above it.
 GROUND = {"files", "recorder", "segments"}
 POLICIES = GROUND | {"nn", "actions", "data", "policies"}
-LOOKING = {"tracing", "upstream", "proof"}
+LOOKING = {"tracing", "upstream", "upstream_pi", "proof"}
 MAY_IMPORT = {
     "files": set(),
     "segments": set(),
@@ -30,7 +30,8 @@ MAY_IMPORT = {
     "checkpoints": POLICIES,
     # Pictures are imported only when a trace is asked to draw, hooks only when LeRobot's policy is traced.
     "tracing": GROUND | {"upstream", "viz"},
-    "upstream": POLICIES,
+    "upstream": POLICIES | {"upstream_pi"},
+    "upstream_pi": GROUND,
     "proof": GROUND | {"tracing"},
     "viz": POLICIES | {"checkpoints", "world", "training", "tracing"},
     "training": POLICIES | {"checkpoints", "world", "viz"},

@@ -15,7 +15,7 @@ from minivla.training import evaluate
 from minivla.world import demonstrations
 from minivla.zoo import RECIPES, cook, experiment, measure, measured
 from minivla.zoo.cooking import card as card_of
-from minivla.zoo.measuring import CHANGES
+from minivla.zoo.measuring import CHANGES, asked
 
 NAMES = sorted(RECIPES)
 
@@ -91,8 +91,7 @@ def test_a_checkpoint_reaches_its_aim_over_two_hundred_seeds(name):
 @pytest.mark.parametrize("name", [name for name in NAMES if RECIPES[name].experiments])
 def test_the_stored_experiments_are_those_of_the_recipe(name):
     recipe, rows = RECIPES[name], measured(name)
-    asked = [(task, dict(settings)) for settings in recipe.experiments for task in recipe.tasks]
-    assert [(row["task"], row["settings"]) for row in rows] == asked
+    assert [(row["task"], row["settings"]) for row in rows] == asked(recipe)
     for row in rows:
         assert row["low"] <= row["success"] <= row["high"]
         assert row["episodes"] >= 200

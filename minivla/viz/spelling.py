@@ -27,9 +27,7 @@ TURNS = tuple(
     for kind in ("action", "image", "language", "state", "time")
 )
 CHUNK, ROW = 1.5, 0.2  # inches of the curves, of a dimension
-PICKED = tuple(
-    palette.KIND_COLOURS[kind] for kind in ("action", "image", "state", "time", "latent", "language")
-)
+PICKED = tuple(palette.KIND_COLOURS[kind] for kind in ("action", "image", "state", "time", "latent"))
 
 
 def plot_spelling(
@@ -86,8 +84,8 @@ def plot_said(policy: Any, call: Call, *, sample: int = 0, **options: Any) -> Fi
         raise ValueError(f"sample is {sample}; this call holds {len(said)}: expected 0 to {len(said) - 1}")
     chunk = call.batch["action"] if call.chunk is None else call.chunk
     begin = policy.sentences.marks.begin
-    said = [token for token in said[sample].tolist() if token != begin]
-    tokens = policy.sentences.tokens(torch.tensor([said]))[0]
+    row = torch.tensor([[token for token in said[sample].tolist() if token != begin]])
+    tokens = policy.sentences.tokens(row)[0]
     return plot_spelling(policy.sentences.fast, chunk[sample], **{"tokens": tokens, **options})
 
 

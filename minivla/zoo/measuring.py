@@ -9,15 +9,19 @@ from typing import Any
 
 import torch
 
+from minivla.actions.realtime import RTCConfig
 from minivla.checkpoints import load
 from minivla.checkpoints.hub import CHECKPOINTS
 from minivla.files import atomic_write
 from minivla.policies.base import Policy
 from minivla.training import Evaluation, evaluate
 from minivla.training.evaluation import wilson
-from minivla.zoo.recipes import recipe_of
+from minivla.training.latency import under_delay
+from minivla.zoo.recipes import Recipe, recipe_of
 
 UNSEEN = 2_000_000  # first seed of the evaluation: far from every seed that training or its checks use
+NO_FIELDS = ("change", "delay", "strategy")  # of an experiment's settings: what `load` does not take
+SMOOTH = ("jerk", "seam", "elsewhere")
 SPLITS = {"success": "train", "held-out words": "test"}
 
 
@@ -39,24 +43,35 @@ def measure(name: str, *, episodes: int = 200, target: Path = CHECKPOINTS) -> di
 def experiment(name: str, *, episodes: int = 200, target: Path = CHECKPOINTS) -> list[dict[str, Any]]:
     """Run a shipped checkpoint in every way its recipe's `experiments` name, and store what came out.
 
-    Each is a mapping of overrides as `load` takes them, or {"change": one of CHANGES}. Returns the rows of
-    `measured`. Raises ValueError for an unknown name.
+    Each is a mapping of overrides as `load` takes them, {"change": one of CHANGES} or {"delay": steps,
+    "strategy": one of `minivla.training.latency`}; "tasks" in it says which of the recipe's. Returns the rows
+    of `measured`. Raises ValueError for an unknown name.
     """
-    recipe, rows = recipe_of(name), []
-    for settings in recipe.experiments:
-        overrides = {key: value for key, value in settings.items() if key != "change"}
+    rows = []
+    for task, settings in asked(recipe_of(name)):
+        overrides = {key: value for key, value in settings.items() if key not in NO_FIELDS}
         policy = load(target / name, **overrides)
         if "change" in settings:
             CHANGES[settings["change"]](policy)
-        rows += [_row(task, settings, _run(policy, task, "train", episodes)) for task in recipe.tasks]
+        if "delay" in settings:
+            rows.append(_late(policy, task, settings, episodes))
+        else:
+            rows.append(_row(task, settings, _run(policy, task, "train", episodes)))
     text = ",\n".join(json.dumps(row) for row in rows)
     atomic_write(target / name / "measured.json", f"[\n{text}\n]\n")
     return rows
 
 
+def asked(recipe: Recipe) -> list[tuple[str, dict[str, Any]]]:
+    """A recipe's experiments as (task, settings), in the order of `measured`."""
+    every = [(dict(s), s.get("tasks", recipe.tasks)) for s in recipe.experiments]
+    return [(t, {k: v for k, v in s.items() if k != "tasks"}) for s, tasks in every for t in tasks]
+
+
 def measured(name: str, *, target: Path = CHECKPOINTS) -> list[dict[str, Any]]:
     """The stored outcome of `experiment`: rows of task, split, settings, success with low and high (95 %),
-    episodes and, for detour, how many of them passed the obstacle left and right.
+    episodes and, for detour, how many of them passed the obstacle left and right; with a delay also what
+    `Latency` measures: jerk, seam and elsewhere.
 
     Raises ValueError for an unknown name, FileNotFoundError where nothing was stored.
     """
@@ -88,6 +103,17 @@ def _row(task: str, settings: Mapping[str, Any], result: Evaluation) -> dict[str
     passed = {side: _passed(result, side) for side in ("left", "right")} if task == "detour" else {}
     row = {"task": task, "split": "train", "settings": dict(settings)}
     return row | numbers | {"episodes": result.episodes} | passed
+
+
+def _late(policy: Policy, task: str, settings: Mapping[str, Any], episodes: int) -> dict[str, Any]:
+    """A row of one strategy at one delay; real-time chunking at LeRobot's settings."""
+    if settings["strategy"] == "rtc":
+        policy.config.rtc_config = RTCConfig().to_json()  # type: ignore[attr-defined]
+    where = f"tabletop:{task}?split=train"
+    found = under_delay(policy, where, settings["delay"], settings["strategy"], episodes, UNSEEN)
+    return _row(task, settings, found.evaluation) | {
+        key: float(f"{getattr(found, key):.3g}") for key in SMOOTH
+    }
 
 
 def _passed(result: Evaluation, side: str) -> int:

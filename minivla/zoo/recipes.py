@@ -15,6 +15,7 @@ from minivla.policies.diffusion import INSTRUCTION_WIDTH, DiffusionConfig, Diffu
 from minivla.policies.pi import PI0, PI05, PI0Config, PI05Config
 from minivla.policies.vla import StatePrompt
 from minivla.policies.vqbet import VQBeT, VQBeTConfig
+from minivla.training.latency import STRATEGIES
 from minivla.world import VOCABULARY
 from minivla.zoo.grounding import random_scenes, teach_to_point, teach_to_see
 
@@ -195,6 +196,12 @@ SAMPLERS: tuple[Mapping[str, Any], ...] = (
 LOOKING_AGAIN: tuple[Mapping[str, Any], ...] = tuple(
     {"n_action_steps": steps} for steps in (1, 2, 4, 8, 12, 15)
 )
+STEPS: tuple[Mapping[str, Any], ...] = tuple({"num_inference_steps": steps} for steps in (1, 2, 5, 10, 20))
+WAITING: tuple[Mapping[str, Any], ...] = tuple(
+    {"delay": delay, "strategy": strategy, "tasks": BOTH}
+    for delay in (0, 2, 4, 6)
+    for strategy in (("asynchronous",) if delay == 0 else STRATEGIES)
+)
 CHOOSING: tuple[Mapping[str, Any], ...] = (
     *({"bet_softmax_temperature": temperature} for temperature in (0.1, 0.5, 1.0)),
     *({"change": change} for change in ("no offsets", "first level only")),
@@ -233,6 +240,7 @@ RECIPES: dict[str, Recipe] = {
         before=_ground,
         training={"steps": 9_000, "batch_size": 16, "warmup_steps": 200, "ema": 0.999, "grad_clip": 1.0},
         aim=0.9,
+        experiments=STEPS + WAITING,
     ),
     "pi05-tabletop": Recipe(
         name="pi05-tabletop",

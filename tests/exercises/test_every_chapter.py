@@ -9,6 +9,7 @@ from tests.exercises import (
     test_chapter04,
     test_chapter05,
     test_chapter06,
+    test_chapter08,
     test_chapter10,
 )
 
@@ -19,6 +20,7 @@ CHAPTERS = (
     test_chapter04,
     test_chapter05,
     test_chapter06,
+    test_chapter08,
     test_chapter10,
 )
 CHECKS = [pair for chapter in CHAPTERS for pair in chapter.CHECKS]

@@ -10,7 +10,9 @@ from minivla.actions.flow import Convention
 from minivla.data.features import features_of
 from minivla.policies import vla
 from minivla.policies.pi import PI0
+from minivla.preflight import doctor
 from minivla.world import demonstrations
+from tests.policies.fast_small import chunks, statistics, tiny_fast
 from tests.policies.small_vla import tiny_pi
 from tests.preflight.patients import STATE, TABLE, WRIST, bind, patient_of
 
@@ -72,6 +74,31 @@ def test_pictures_of_any_size_are_welcome(dataset):
     large = patient("pi0", dataset)
     large.raw[TABLE] = large.raw[TABLE].repeat_interleave(2, -1)
     assert large.report("").codes == (PADDED,)
+
+
+def test_a_policy_that_says_its_actions_is_clean():
+    """Untrained it may say nonsense, whatever is observed: what depends on what is not asked here."""
+    policy = tiny_fast(stats=statistics())
+    with pytest.warns(UserWarning, match="said is no chunk"):
+        report = doctor(policy, raw_for(policy))
+    assert not {"check-failed", "trainable-stuck", "frozen-moves", "preprocessing-fails"} & set(report.codes)
+    assert "words, of the whole chunk" in report.not_run["padding leaves the loss alone"]
+    assert "integrates nothing" in report.not_run["time convention"]
+    assert {"frozen and trainable", "pictures as seen", "inputs"} <= set(report.passed), str(report)
+
+
+def raw_for(policy):
+    generator = torch.Generator().manual_seed(0)
+    cameras = {
+        c: torch.rand(2, *f.shape, generator=generator) for c, f in policy.config.image_features.items()
+    }
+    return {
+        **cameras,
+        STATE: torch.randn(2, 5, generator=generator) / 2,
+        "action": chunks(2),
+        "action_is_pad": torch.zeros(2, 6, dtype=torch.bool),
+        "task": ["go", "stay"],
+    }
 
 
 # --- faults ------------------------------------------------------------------------------------------------

@@ -18,9 +18,11 @@ from minivla.recorder import Pass
 from minivla.segments import Segment, arrange
 from minivla.viz import attention, cache, masks, modulation, palette, spelling, tokens, words
 from minivla.viz.explorer_data import stretches
+from tests.browser import Browser
 from tests.policies.fast_small import chunks, fast, fast_batch, tiny_fast
 from tests.policies.fast_small import words as gemma_words
 from tests.policies.small_vla import statistics, tiny_pi, tiny_raw
+from tests.viz.explorer_view import View
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:said is no chunk"),
@@ -280,6 +282,18 @@ def test_the_explorer_has_the_words_and_each_camera_its_vision(trace):
     (main,) = stretches(trace.calls[0], 1)
     assert main.mask.shape == tuple(trace.mask.shape)
     assert data["condition"] == [] and base64.b64decode(data["sequences"][0]["sites"][0]["weights"])
+
+
+def test_on_the_page_a_word_is_read_and_pointed_at(trace, tmp_path):
+    with Browser() as browser:
+        page = browser.open(trace.explore().save(tmp_path / "page.html").as_uri())
+        view = View(page)
+        said = view.all(".cell[data-word]", "n.dataset.word")
+        assert said == [words.shown_word(w) for w in trace.words["prompt"][0] if w != "<pad>"]
+        view.click('.cell[data-word="red"]')
+        place = trace.words["prompt"][0].index(" red")
+        assert view.text(".token") == f"prompt[{place}] “red”"
+        assert view.kept == 32 + place and page.problems == []
 
 
 def test_words_that_do_not_fit_are_refused_by_name(trace):
