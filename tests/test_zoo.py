@@ -114,6 +114,23 @@ def test_an_experiment_runs_the_checkpoint_differently(tmp_path, monkeypatch):
     assert [row["left"] + row["right"] <= 1 for row in rows[::2]] == [True] * 3
 
 
+def test_an_experiment_may_let_the_policy_think(tmp_path, monkeypatch):
+    """Late chunks: the row says how smooth the motion was, and only of the tasks that were asked for."""
+    from dataclasses import replace
+
+    from minivla.zoo import recipes
+
+    name = "diffusion-tabletop"
+    shutil.copytree(CHECKPOINTS / name, tmp_path / name)
+    waiting = ({"delay": 2, "strategy": "smooth", "tasks": ("detour",)},)
+    monkeypatch.setitem(recipes.RECIPES, name, replace(RECIPES[name], experiments=waiting))
+    monkeypatch.setattr("minivla.zoo.measuring.load", lambda *given, **_: minivla.load("act-tabletop"))
+    (row,) = experiment(name, episodes=1, target=tmp_path)
+    assert (row["task"], row["settings"]) == ("detour", {"delay": 2, "strategy": "smooth"})
+    assert row["jerk"] > 0 < row["seam"]
+    assert [row] == measured(name, target=tmp_path)
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_leaves_the_codes_alone_to_say_what_is_done(change):
     policy = minivla.load("vqbet-tabletop")

@@ -45,8 +45,8 @@ def check_from_marks(from_marks: Callable[[Tensor, Tensor], Tensor]) -> None:
                 row, column = (int(place[0]) for place in wrong.nonzero(as_tuple=True))
                 told, said = "may" if wanted[row, column] else "may not", bool(given[row, column])
                 return (
-                    f"marks {marks}, padding at {hidden}: token {row} {told} look at token {column}, and yours "
-                    f"says {said}; {why}"
+                    f"marks {marks}, padding at {hidden}: token {row} {told} look at token {column}, and "
+                    f"yours says {said}; {why}"
                 )
         return None
 
@@ -88,8 +88,8 @@ def check_guided(guided: Callable[[Tensor, Tensor, float, Tensor, Tensor], Tenso
 
 
 def check_state_once(state_once: Callable[[PI0, dict[str, Tensor], Tensor], Tensor]) -> None:
-    """Check `state_once(policy, batch, noise)`: the chunk of `policy.predict_action_chunk(batch, noise=noise)`
-    (B, H, A), for which the expert is run on the state only once, and on the H actions alone in every step.
+    """Check `state_once(policy, batch, noise)`: the chunk (B, H, A) that `policy.predict_action_chunk(batch,
+    noise=noise)` gives, for which the expert runs on the state once, and on the H actions alone in each step.
     """
 
     def complaint() -> str | None:

@@ -46,6 +46,7 @@ class DecoderConfig:
     norm_offset                what is added to a norm's stored scale: 1 in Gemma, 0 elsewhere
     activation                 "gelu_tanh" or "silu"
     rope_base, eps             longest wavelength of the rotary positions; the norms' epsilon
+    rope_rounds                reckon the rotary frequencies in the type of the matrices, as LeRobot's π0 does
     qk_norm, qkv_bias          a norm on each head's query and key (Qwen3); biases on q, k, v (Qwen2)
     """
 
@@ -59,6 +60,7 @@ class DecoderConfig:
     norm_offset: float = 1.0
     activation: str = "gelu_tanh"
     rope_base: float = 10_000.0
+    rope_rounds: bool = False
     eps: float = 1e-6
     qk_norm: bool = False
     qkv_bias: bool = False
@@ -95,13 +97,20 @@ class RMSNorm(nn.Module):
         return torch.addcmul(shift.float(), normed, 1 + scale.float()).to(x.dtype), gate.to(x.dtype)
 
 
-def rotation(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> Rotation:
+def rotation(
+    positions: Tensor, head_dim: int, base: float, dtype: torch.dtype, *, rounds: bool = False
+) -> Rotation:
     """How far to turn the queries and keys at each position.
 
     positions (B, L) int. Angle of channel pair i: position / base^(2i / head_dim), in float32, then cast.
+    With `rounds` the frequencies are cast first: in bfloat16, of eight bits, a far token's angle is then off
+    by a radian. LeRobot's π0 does so by a slip (`self.to(bfloat16)` casts the table of frequencies too), and
+    policies that it trained in bfloat16 have learnt with it.
     """
     wavelength = base ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
-    angle = rearrange(positions.float(), "batch token -> batch 1 token 1") * (1.0 / wavelength)
+    frequency = 1.0 / wavelength
+    frequency = frequency.to(dtype).float() if rounds else frequency
+    angle = rearrange(positions.float(), "batch token -> batch 1 token 1") * frequency
     angle = torch.cat((angle, angle), dim=-1)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
@@ -243,7 +252,9 @@ class Decoder(nn.Module):
 
     def __init__(self, streams: dict[str, DecoderConfig]) -> None:
         super().__init__()
-        shapes = {(c.layers, c.heads, c.kv_heads, c.head_dim, c.rope_base) for c in streams.values()}
+        shapes = {
+            (c.layers, c.heads, c.kv_heads, c.head_dim, c.rope_base, c.rope_rounds) for c in streams.values()
+        }
         if len(shapes) != 1:
             raise ValueError(
                 "streams share one attention: layers, heads, kv_heads, head_dim, rope_base must agree; got "
@@ -282,7 +293,8 @@ class Decoder(nn.Module):
         wanted = tuple(tokens if outcome is None or recorder.current() is not None else outcome)
         tokens = {n: recorder.enter(n, x.to(self.stream(n).dtype)) for n, x in tokens.items()}
         dtype = next(iter(tokens.values())).dtype
-        turn = rotation(positions, self.config.head_dim, self.config.rope_base, dtype)
+        c = self.config
+        turn = rotation(positions, c.head_dim, c.rope_base, dtype, rounds=c.rope_rounds)
         joint = Joint(mask, turn, conditions or {}, cache, keep, 0 if cache is None else len(cache))
         recorder.passed(self.told(tokens, joint))
         for i in range(self.config.layers):

@@ -39,7 +39,7 @@ from minivla.data.features import ACTION, OBS_STATE, NormalizationMode
 from minivla.data.steps import Step, register
 from minivla.nn.decoder import Cache, DecoderConfig, valid_positions
 from minivla.nn.masks import segment_mask
-from minivla.nn.paligemma import PALIGEMMA_NAMES, VARIANTS, PaliGemma, Prefix
+from minivla.nn.paligemma import PALIGEMMA_NAMES, PaliGemma, Prefix
 from minivla.nn.positions import sine_time
 from minivla.policies.base import AnyStats, Batch, Draw, Policy, PolicyConfig, Rng, group
 from minivla.policies.vla import (
@@ -103,7 +103,7 @@ class PI0Config(VLAConfig):
     @property
     def expert(self) -> DecoderConfig:
         """The action expert's shape."""
-        return replace(VARIANTS[self.action_expert_variant], **self.expert_size)
+        return self.decoder(self.action_expert_variant, self.expert_size)
 
     def arrange_steps(self, before: list[Step], after: list[Step]) -> tuple[list[Step], list[Step]]:
         """The instruction ends with a new line, and becomes tokens, before anything is scaled."""

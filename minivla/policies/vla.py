@@ -160,7 +160,11 @@ class VLAConfig(PolicyConfig):
     @property
     def language(self) -> DecoderConfig:
         """The language model's shape."""
-        return replace(VARIANTS[self.paligemma_variant], **self.language_size)
+        return self.decoder(self.paligemma_variant, self.language_size)
+
+    def decoder(self, variant: str, size: dict[str, Any]) -> DecoderConfig:
+        """The shape of a variant, with some numbers replaced, and LeRobot's slip in bfloat16."""
+        return replace(VARIANTS[variant], rope_rounds=self.upstream == "lerobot", **size)
 
 
 # --- what files call it ------------------------------------------------------------------------------------

@@ -44,7 +44,6 @@ CHECKS: dict[str, Check] = {
     "processors agree": statistics.processors_agree,
     "inputs": observations.inputs,
     "preparation": observations.preparation,
-    "pictures as seen": observations.pictures_as_seen,
     "cameras differ": cameras.distinct,
     "camera order": cameras.camera_order,
     "picture orientation": cameras.orientation,

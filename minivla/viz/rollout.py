@@ -13,7 +13,15 @@ from torch import Tensor
 from minivla.recorder import Call
 from minivla.segments import Segment
 from minivla.tracing import Trace
-from minivla.viz.attention import asker, attention_title, attention_weights, plot_look, positions, shown
+from minivla.viz.attention import (
+    asker,
+    attention_title,
+    attention_weights,
+    plot_look,
+    positions,
+    shown,
+    spoken,
+)
 
 
 def plot_rollout(
@@ -46,9 +54,8 @@ def plot_rollout(
         who = asker(query, call.sites[cross or stack[-1]][0])
         title = f"{who} {attention_title(weights, keys)}\nrollout through {layers}"
         title += f" → {cross}" if cross else ""
-    return plot_look(
-        weights, keys, shown(call.batch, keys, sample) if images is None else images, title=title
-    )
+    images = shown(call.batch, keys, sample) if images is None else images
+    return plot_look(weights, keys, images, title=title, words=spoken(call, sample))
 
 
 def rollout_weights(

@@ -108,7 +108,7 @@ def _row(task: str, settings: Mapping[str, Any], result: Evaluation) -> dict[str
 def _late(policy: Policy, task: str, settings: Mapping[str, Any], episodes: int) -> dict[str, Any]:
     """A row of one strategy at one delay; real-time chunking at LeRobot's settings."""
     if settings["strategy"] == "rtc":
-        policy.config.rtc_config = RTCConfig().to_json()  # type: ignore[attr-defined]
+        policy.config.rtc_config = RTCConfig().to_json()
     where = f"tabletop:{task}?split=train"
     found = under_delay(policy, where, settings["delay"], settings["strategy"], episodes, UNSEEN)
     return _row(task, settings, found.evaluation) | {

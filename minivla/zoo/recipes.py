@@ -250,6 +250,7 @@ RECIPES: dict[str, Recipe] = {
         before=_ground,
         training={"steps": 7_000, "batch_size": 16, "warmup_steps": 200, "ema": 0.999, "grad_clip": 1.0},
         aim=0.9,
+        experiments=STEPS,
     ),
 }
 

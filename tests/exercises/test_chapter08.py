@@ -101,7 +101,7 @@ def one_action(policy, batch, noise):
 
 
 MISTAKES = [
-    (chapter08.check_from_marks, marks_as_blocks, "token 3 may not look at token 4"),
+    (chapter08.check_from_marks, marks_as_blocks, "token 0 may not look at token 5"),
     (chapter08.check_from_marks, looking_ahead, "token 0 may not look at token 3"),
     (chapter08.check_from_marks, padding_and_all, "nobody looks at padding"),
     (chapter08.check_from_marks, own_block_only, "token 3 may look at token 0, and yours says False"),

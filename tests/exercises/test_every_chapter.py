@@ -10,6 +10,7 @@ from tests.exercises import (
     test_chapter05,
     test_chapter06,
     test_chapter08,
+    test_chapter09,
     test_chapter10,
 )
 
@@ -21,6 +22,7 @@ CHAPTERS = (
     test_chapter05,
     test_chapter06,
     test_chapter08,
+    test_chapter09,
     test_chapter10,
 )
 CHECKS = [pair for chapter in CHAPTERS for pair in chapter.CHECKS]

@@ -8,10 +8,10 @@
 
 What bfloat16 means. LeRobot casts the whole network before it puts norms and vision back to float32, and with
 it the frequencies of the rotary positions, which stay rounded: at position 800 an angle is off by up to a
-radian. Neither its float32, nor openpi, nor minivla does that. So LeRobot is compared with its frequencies
-mended (`exact_frequencies`), and what they cost is measured. Two programs that round at other places are
-about as far apart as each is from float32; where minivla is made to round where LeRobot does
-(`rounding_as_lerobot`: it keeps attention scores and gated branches in bfloat16) nothing remains.
+radian. Neither its float32 nor openpi does that; minivla follows it (`rope_rounds`), and what the slip costs
+is measured. Two programs that round at other places are about as far apart as each is from float32; where
+minivla is made to round where LeRobot does (`rounding_as_lerobot`: it keeps attention scores and gated
+branches in bfloat16) nothing remains.
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ import torch
 from einops import repeat
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-
-from tests.parity import redraw
 
 STEPS = 2
 
@@ -86,7 +84,7 @@ def build_theirs(family: str, tiny: bool) -> Any:
     """LeRobot's policy in bfloat16, every tensor of it redrawn."""
     from lerobot.configs import FeatureType, PolicyFeature
 
-    from tests.policies.pi_small import EVERYTHING, at_tiny_size, their_module
+    from tests.policies.pi_small import EVERYTHING, at_tiny_size, redraw_pi, their_module
 
     sizes = TINY if tiny else PUBLISHED
     given = inputs(TINY)
@@ -107,7 +105,7 @@ def build_theirs(family: str, tiny: bool) -> Any:
     kind = "PI0" if family == "pi0" else "PI05"
     with at_tiny_size(module, EVERYTHING) if tiny else contextlib.nullcontext():
         policy = getattr(module, f"{kind}Policy")(getattr(module, f"{kind}Config")(**options))
-    redraw(policy)
+    redraw_pi(policy)
     return policy.eval()
 
 
@@ -125,9 +123,9 @@ def theirs(family: str, folder: Path, tiny: bool) -> None:
     def chunk() -> Tensor:
         return policy.predict_action_chunk(given, noise=noise, num_steps=STEPS).float().contiguous()
 
-    found = {"as it is": chunk()}
+    found = {"bfloat16": chunk()}
     exact_frequencies(policy)
-    found["bfloat16"] = chunk()
+    found["exact frequencies"] = chunk()
     for parameter in policy.parameters():  # one by one: both at once are too large
         parameter.data = parameter.data.float()
     found["float32"] = chunk()

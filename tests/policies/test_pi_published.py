@@ -35,23 +35,21 @@ def compare(family: str, folder: Path, *size: str) -> dict[str, float]:
     theirs, ours = load_file(folder / "theirs.safetensors"), load_file(folder / "ours.safetensors")
     assert measured["family"] == family
     assert sorted(measured["ignored"]) == sorted([LM_HEAD, EXPERT_HEAD])
-    exact, mended = theirs["float32"], theirs["bfloat16"]
+    exact, half = theirs["float32"], theirs["bfloat16"]
     return measured | {
-        "as shipped": relative_error(ours["bfloat16"], mended),
-        "rounded alike": relative_error(ours["rounded alike"], mended),
-        "ours to float32": relative_error(ours["bfloat16"], exact),
-        "theirs to float32": relative_error(mended, exact),
-        "what rounded frequencies cost": relative_error(theirs["as it is"], mended),
+        "ours to theirs": relative_error(ours["bfloat16"], half),
+        "rounded alike": relative_error(ours["rounded alike"], half),
+        "theirs to float32": relative_error(half, exact),
+        "what rounded frequencies cost": relative_error(theirs["exact frequencies"], half),
     }
 
 
-def check(measured: dict[str, float]) -> None:
-    """Where it rounds alike, minivla is no further from LeRobot's bfloat16 than that is from float32; as it
-    is, no further than two roundings are from each other.
+def check(measured: dict[str, float], most: float) -> None:
+    """minivla is no further from LeRobot's bfloat16 than `most` times what that is from float32, and where it
+    rounds alike hardly anything is left.
     """
-    assert measured["rounded alike"] <= measured["theirs to float32"]
-    assert measured["as shipped"] <= measured["ours to float32"] + measured["theirs to float32"]
-    assert measured["ours to float32"] <= 2 * measured["theirs to float32"]
+    assert measured["ours to theirs"] <= most * measured["theirs to float32"]
+    assert measured["rounded alike"] <= 1e-2 * measured["theirs to float32"]
 
 
 @pytest.mark.slow
@@ -67,12 +65,12 @@ def test_lerobots_bfloat16_folder_at_the_published_size(family, tmp_path):
     assert {k: (v.shape, v.dtype) for k, v in again.items()} == {
         k: (v.shape, v.dtype) for k, v in stored.items()
     }
-    check(measured)
+    check(measured, most=1)
 
 
 @pytest.mark.parametrize("family", COUNTS)
 def test_the_comparison_itself_at_a_tiny_size(family, tmp_path):
     measured = compare(family, tmp_path, "tiny")
     print(measured)
-    check(measured)
+    check(measured, most=2)  # so near the beginning frequencies hardly matter: two independent roundings
     assert measured["matched"] > 100

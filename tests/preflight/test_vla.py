@@ -36,7 +36,7 @@ def patient(name, dataset, **settings):
 
 RUN = {
     "frozen and trainable", "time convention", "queue reset", "depends on images", "depends on state",
-    "depends on instruction", "pictures as seen", "zero padding",
+    "depends on instruction", "preparation", "zero padding",
 }  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def test_a_policy_that_says_its_actions_is_clean():
     assert not {"check-failed", "trainable-stuck", "frozen-moves", "preprocessing-fails"} & set(report.codes)
     assert "words, of the whole chunk" in report.not_run["padding leaves the loss alone"]
     assert "integrates nothing" in report.not_run["time convention"]
-    assert {"frozen and trainable", "pictures as seen", "inputs"} <= set(report.passed), str(report)
+    assert {"frozen and trainable", "preparation", "inputs"} <= set(report.passed), str(report)
 
 
 def raw_for(policy):
