@@ -60,7 +60,7 @@ def plot_modulation(
         for ax, part in zip(axes, PARTS, strict=True):
             _draw_part(ax, part, found[part][1], clocks)
         _name_norms(axes[0], names)
-        axes[0].set_ylabel("norm, from the first layer down")
+        axes[0].set_ylabel("norm, first on top")
         figure.supxlabel("time of the flow, in the order of the sampler", fontsize=palette.FONT)
         palette.headline(figure, modulation_title(gates) if title is None else title)
     return figure
