@@ -83,10 +83,12 @@ def redraw(module: nn.Module, seed: int = 0) -> None:
     saved = module.state_dict().keys()
     tensors = [*module.named_parameters(), *module.named_buffers()]
     for name, tensor in tensors:
-        if name not in saved or not tensor.is_floating_point():
+        if not tensor.is_floating_point():
             continue
         fan_in = tensor[0].numel() if tensor.dim() > 1 else 4
         drawn = torch.randn(tensor.shape, generator=generator) / fan_in**0.5
+        if name not in saved:
+            continue
         if name.endswith("running_var"):
             drawn = drawn.abs() + 0.5
         elif ".bn" in name or "downsample.1" in name:

@@ -118,7 +118,7 @@ MISTAKES = [
     (chapter07.check_prefix_mask, words_see_later_ones, "no later ones"),
     (chapter07.check_prefix_mask, words_alone, "words see the whole prefix"),
     (chapter07.check_prefix_mask, the_other_way_round, "must not see"),
-    (chapter07.check_chances, multiplied, "expected (0.11"),
+    (chapter07.check_chances, multiplied, "expected (0.12"),
     (chapter07.check_chances, struck_out_too_late, "before the softmax"),
     (chapter07.check_chances, divided_by_zero, "temperature 0 divides by zero"),
     (chapter07.check_chances, none_struck_out, "temperature 2, most 3"),
