@@ -51,7 +51,9 @@ class VLAConfig(PolicyConfig):
     tokenizer_max_length: places for the prompt
     use_relative_actions, relative_exclude_joints, action_feature_names: actions as differences to the state
     rtc_config: settings of real-time chunking (`minivla.actions.realtime`), or None
-    gradient_checkpointing, compile_model, compile_mode: memory for time, and time for start-up
+    gradient_checkpointing: memory for time
+    compile_model, compile_mode: kept for LeRobot; here the first only leaves padding where it is, so that code
+    compiled by the caller meets one shape
     optimizer_…, scheduler_…: how upstream trains
 
     Only in minivla: vision_size, language_size, vocab_size replace numbers of the variant, for small worlds;
@@ -393,11 +395,3 @@ def unused_by_suffix(config: DecoderConfig) -> dict[str, str]:
     parts = ("q_proj", "o_proj", "post_norm", "gate_proj", "up_proj", "down_proj")
     names = [*(f"{last}{part}.weight" for part in parts), "paligemma.decoder.streams.prefix.norm.weight"]
     return dict.fromkeys(names, "no effect: of the last layer the suffix sees keys and values only")
-
-
-def describe_images(images: Mapping[str, Any], grid: tuple[int, int]) -> list[Any]:
-    """The segments of SigLIP's own sequence, for a trace."""
-    from minivla.segments import Segment
-
-    first = next(iter(images))
-    return [Segment("patches", "image", grid[0] * grid[1], grid=grid, image=first)]
