@@ -52,8 +52,8 @@ class VLAConfig(PolicyConfig):
     use_relative_actions, relative_exclude_joints, action_feature_names: actions as differences to the state
     rtc_config: settings of real-time chunking (`minivla.actions.realtime`), or None
     gradient_checkpointing: memory for time
-    compile_model, compile_mode: kept for LeRobot; here the first only leaves padding where it is, so that code
-    compiled by the caller meets one shape
+    compile_model, compile_mode: kept for LeRobot; here the first only leaves padding where it is, so that
+    code compiled by the caller meets one shape
     optimizer_…, scheduler_…: how upstream trains
 
     Only in minivla: vision_size, language_size, vocab_size replace numbers of the variant, for small worlds;
