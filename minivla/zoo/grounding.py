@@ -1,10 +1,16 @@
 """What a PaliGemma brings along: it finds things in pictures, and what a sentence speaks of, before it acts.
 
-π0 does not learn to see and read from robots: its PaliGemma has learnt from a part of the web, by pointing at
-what is named among other things. Ours learns the same beforehand, on random scenes of Tabletop and without an
-action: first the eyes (where is anything?), then eyes and language model together (where is what the sentence
-asks for?). Each patch tells what lies near it and how far off, all patches together where everything is; the
-layers that tell it are thrown away afterwards.
+π0 does not learn to see and read from robots: its PaliGemma has learnt from a part of the web. There SigLIP
+came first, which puts a picture and the words for it in the same place (Zhai et al. 2023, arXiv 2303.15343);
+then both were taught together, by pointing at what is named among other things (Beyer et al. 2024, section
+3.2). Ours learns the same, on random scenes of Tabletop and without an action:
+
+1. the eyes: where is anything, and what is the word for its colour?
+2. eyes and language model together: where is what the sentence asks for?
+
+Each patch tells what lies near it and how far off, all patches together where everything is; the layers that
+tell it are thrown away afterwards. Without the words in the first part the second one does not begin to learn
+for thousands of steps: attention has to compare "red" to what is red before it can gain from it.
 """
 
 from __future__ import annotations
@@ -21,7 +27,7 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from minivla.data.features import OBS_IMAGES, OBS_STATE
-from minivla.nn.compact_vision import CompactVision, coordinate_grid
+from minivla.nn.compact_vision import coordinate_grid
 from minivla.nn.decoder import Joint, rotation, valid_positions
 from minivla.nn.masks import segment_mask
 from minivla.nn.paligemma import PaliGemma, Prefix
@@ -70,12 +76,9 @@ class Finder(nn.Module):
 
     def forward(self, patches: Tensor, places: Tensor) -> Tensor:
         """The loss of patches (B, L, D), a square read row by row; things are at places (B, things, 2)."""
-        rows = math.isqrt(patches.shape[1])
-        centres = rearrange(coordinate_grid(rows, rows), "xy y x -> 1 (y x) 1 xy")
+        away, there = _around(places, patches.shape[1])
         seen, places = ~places.isnan().any(dim=-1), places.nan_to_num()
-        away = (rearrange(places, "batch thing xy -> batch 1 thing xy") - centres) * (rows / 2)
         told = rearrange(self.near(patches), "batch patch (thing said) -> batch patch thing said", said=3)
-        there = torch.exp(away.square().sum(-1) / (-2 * SPREAD**2)) * seen[:, None]
         close = (away.abs().amax(-1) < 1) & seen[:, None]
         which = F.binary_cross_entropy_with_logits(told[..., 0], there, reduction="none").sum(-1).mean()
         offset = (told[..., 1:] - away).abs().sum(-1)[close].mean()
@@ -84,18 +87,53 @@ class Finder(nn.Module):
         return which + offset / 2 + (where - places).abs().sum(-1)[seen].mean()
 
 
+class Namer(nn.Module):
+    """SigLIP's loss, for patches in place of pictures: is this the word for what lies here, yes or no?"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.bias = nn.Parameter(torch.tensor(10.0)), nn.Parameter(torch.tensor(-3.0))
+
+    def forward(self, patches: Tensor, words: Tensor, places: Tensor) -> Tensor:
+        """The loss of patches (B, L, D) and the colours' words (COLOURS, D); things are at (B, THINGS, 2)."""
+        there = _around(places[:, : 2 * COLOURS], patches.shape[1])[1]
+        fits = reduce(there, "batch patch (kind colour) -> batch patch colour", "max", colour=COLOURS)
+        alike = F.normalize(patches, dim=-1) @ F.normalize(words, dim=-1).T
+        said = self.scale * alike + self.bias
+        return F.binary_cross_entropy_with_logits(said, fits, reduction="none").sum(-1).mean()
+
+
+def _around(places: Tensor, patches: int) -> tuple[Tensor, Tensor]:
+    """How far things at (B, things, 2) are from each patch, in patches (B, L, things, 2), and how much each
+    patch is to tell of them, 0 to 1 (B, L, things); nothing of what is out of sight."""
+    rows = math.isqrt(patches)
+    centres = rearrange(coordinate_grid(rows, rows), "xy y x -> 1 (y x) 1 xy")
+    away = (rearrange(places.nan_to_num(), "batch thing xy -> batch 1 thing xy") - centres) * (rows / 2)
+    seen = ~places.isnan().any(dim=-1)
+    return away, torch.exp(away.square().sum(-1) / (-2 * SPREAD**2)) * seen[:, None]
+
+
 @preserved_rng()
-def teach_to_see(vision: CompactVision, scenes: Scenes, *, steps: int, batch_size: int = 32) -> list[float]:
-    """Teach a vision encoder, in place, where things are. Returns the loss of every step."""
+def teach_to_see(
+    paligemma: PaliGemma, colours: list[int], scenes: Scenes, *, steps: int, batch_size: int = 32
+) -> list[float]:
+    """Teach a PaliGemma's eyes, in place, where things are and what is called what.
+
+    `colours` are the ids of the words for them. Projector and table of words learn too, the decoder does not.
+    Returns the loss of every step.
+    """
     seed_all(0)
-    finder = Finder(vision.channels, THINGS)
+    finder, namer = Finder(paligemma.projector.in_features, THINGS), Namer()
 
     def loss(chosen: Tensor) -> Tensor:
         images = rearrange(scenes.pictures[chosen], "batch camera y x rgb -> (batch camera) y x rgb")
-        seen = rearrange(vision(_to_float(images) * 2 - 1), "batch width y x -> batch (y x) width")
-        return finder(seen, scenes.things[chosen].flatten(0, 1))
+        seen = rearrange(paligemma.vision(_to_float(images) * 2 - 1), "batch width y x -> batch (y x) width")
+        words, places = paligemma.embedding.weight[colours], scenes.things[chosen].flatten(0, 1)
+        return finder(seen, places) + namer(paligemma.projector(seen), words, places)
 
-    return _learn(nn.ModuleList((vision, finder)), loss, len(scenes.sentences), steps, batch_size, lr=3e-3)
+    eyes = (paligemma.vision, paligemma.projector, paligemma.embedding)
+    module = nn.ModuleList((*eyes, finder, namer))
+    return _learn(module, loss, len(scenes.sentences), steps, batch_size, lr=3e-3)
 
 
 @preserved_rng()
@@ -111,8 +149,8 @@ def teach_to_point(
     """Teach a PaliGemma, in place, where the block and the goal are that the sentence asks for now.
 
     `prefix` makes its tokens of raw observations. The last layer is left out, of which an expert sees nothing
-    but keys and values. Small steps, for it takes many to learn what words have to do with pictures, however
-    much each is shown. Returns the loss of every step.
+    but keys and values. Small batches, for it takes many steps to learn what words have to do with pictures,
+    however much each is shown. Returns the loss of every step.
     """
     seed_all(1)
     finder = Finder(paligemma.projector.out_features, WANTED)

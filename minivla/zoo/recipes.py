@@ -6,17 +6,25 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from minivla.data.features import OBS_STATE, features_of
+import torch
+from torch import Tensor
+
+from minivla.actions.fast import FastTokenizer
+from minivla.data.features import ACTION, OBS_STATE, NormalizationMode, features_of
+from minivla.data.normalize import Stats
+from minivla.data.stats import compute_stats
 from minivla.data.steps import Tokenize
 from minivla.data.text import train_tokenizer
+from minivla.data.windows import window_indices
 from minivla.policies.act import ACT, ACTConfig
 from minivla.policies.base import Policy
 from minivla.policies.diffusion import INSTRUCTION_WIDTH, DiffusionConfig, DiffusionPolicy
 from minivla.policies.pi import PI0, PI05, PI0Config, PI05Config
+from minivla.policies.pi0_fast import PI0Fast, PI0FastConfig
 from minivla.policies.vla import StatePrompt
 from minivla.policies.vqbet import VQBeT, VQBeTConfig
 from minivla.training.latency import STRATEGIES
-from minivla.world import VOCABULARY
+from minivla.world import VOCABULARY, spec
 from minivla.zoo.grounding import random_scenes, teach_to_point, teach_to_see
 
 
@@ -144,8 +152,59 @@ def _pi0(dataset: Any) -> Policy:
 def _pi05(dataset: Any) -> Policy:
     """A small π0.5, of π0's size; its prompt is longer, for the state stands in it."""
     tokenizer = train_tokenizer([*dataset.tasks, PROMPT])
-    policy = PI05(PI05Config(**_small(dataset, tokenizer), tokenizer_max_length=44), stats=dataset.stats)
-    return _with_tokenizer(policy, tokenizer)
+    config = PI05Config(**_small(dataset, tokenizer), tokenizer_max_length=44)
+    return _with_tokenizer(PI05(config, stats=_whole_stats(dataset)), tokenizer)
+
+
+def _pi0fast(dataset: Any, grounded: Any) -> Policy:
+    """A small π0-FAST on `grounded`, a π0, whose eyes, words and language model it begins with.
+
+    LeRobot decodes as many steps as are carried out, so both are 8. Actions lie in [-1, 1] as they are.
+    """
+    fast = FastTokenizer.fit(_chunks(dataset, 8), scale=5, vocab_size=512)
+    tokenizer = train_tokenizer([*dataset.tasks, PROMPT], reserved=fast.vocab_size)
+    settings = _small(dataset, tokenizer) | {"chunk_size": 8, "n_action_steps": 8}
+    for name in ("expert_size", "noise_draws"):
+        del settings[name]
+    config = PI0FastConfig(
+        **settings,
+        tokenizer_max_length=44,
+        max_action_tokens=40,
+        max_decoding_steps=40,
+        fast_skip_tokens=0,
+        validate_action_token_prefix=False,
+        normalization_mapping={
+            "VISUAL": NormalizationMode.IDENTITY,
+            "STATE": NormalizationMode.QUANTILES,
+            "ACTION": NormalizationMode.IDENTITY,
+        },
+    )
+    policy = PI0Fast(config, stats=_whole_stats(dataset))
+    policy.use_tokenizers(text=tokenizer, fast=fast)
+    known = {k: v for k, v in grounded.paligemma.state_dict().items() if ".suffix." not in k}
+    words = known.pop("embedding.weight")
+    policy.paligemma.load_state_dict(known, strict=False)
+    with torch.no_grad():
+        policy.paligemma.embedding.weight[: len(words)] = words
+    return policy
+
+
+def _chunks(dataset: Any, horizon: int) -> Tensor:
+    """The actions (N, H, A) that follow every seventh frame; an episode's last action goes on."""
+    frames, starts = torch.arange(0, len(dataset), 7), torch.from_numpy(dataset.starts)
+    episode = torch.from_numpy(dataset.columns["episode_index"])[frames]
+    ahead, _ = window_indices(frames, starts[episode], starts[episode + 1], range(horizon))
+    return torch.from_numpy(dataset.columns[ACTION])[ahead]
+
+
+def _whole_stats(dataset: Any) -> Stats:
+    """Statistics of all frames as one long episode, so that quantiles are those of the whole.
+
+    LeRobot's are averages over episodes: a third of our states lie outside those, and read -1 or 255.
+    """
+    numbers = {key: column for key, column in dataset.columns.items() if key in (OBS_STATE, ACTION)}
+    features = {key: dataset.features[key] for key in numbers}
+    return {**dataset.stats, **compute_stats([numbers], features)}
 
 
 def _small(dataset: Any, tokenizer: Any) -> dict[str, Any]:
@@ -171,16 +230,21 @@ def _small(dataset: Any, tokenizer: Any) -> dict[str, Any]:
 
 
 def _with_tokenizer(policy: Policy, tokenizer: Any) -> Policy:
-    assert policy.preprocessor is not None
-    (step,) = (step for step in policy.preprocessor.steps if isinstance(step, Tokenize))
+    (step,) = _tokenize_steps(policy)
     step.tokenizer = tokenizer
     return policy
 
 
+def _tokenize_steps(policy: Policy) -> list[Tokenize]:
+    assert policy.preprocessor is not None
+    return [step for step in policy.preprocessor.steps if isinstance(step, Tokenize)]
+
+
 def _ground(policy: Any) -> None:
     """What PaliGemma brings along: eyes, then eyes and language model, learn what is where."""
-    scenes = random_scenes(8_000, seed=7)
-    teach_to_see(policy.paligemma.vision, scenes, steps=2_000)
+    scenes, (step,) = random_scenes(8_000, seed=7), _tokenize_steps(policy)
+    colours = [step.tokenizer.encode(f" {colour}")[-1] for colour in spec.COLOURS]
+    teach_to_see(policy.paligemma, colours, scenes, steps=2_000)
     teach_to_point(
         policy.paligemma, lambda raw: policy.embed_prefix(policy.preprocess(raw)), scenes, steps=4_000
     )
@@ -196,6 +260,7 @@ SAMPLERS: tuple[Mapping[str, Any], ...] = (
 LOOKING_AGAIN: tuple[Mapping[str, Any], ...] = tuple(
     {"n_action_steps": steps} for steps in (1, 2, 4, 8, 12, 15)
 )
+LEARNING = {"steps": 10_000, "batch_size": 16, "warmup_steps": 200, "ema": 0.999, "grad_clip": 1.0}
 STEPS: tuple[Mapping[str, Any], ...] = tuple({"num_inference_steps": steps} for steps in (1, 2, 5, 10, 20))
 WAITING: tuple[Mapping[str, Any], ...] = tuple(
     {"delay": delay, "strategy": strategy, "tasks": BOTH}
@@ -239,7 +304,7 @@ RECIPES: dict[str, Recipe] = {
         tasks=EVERY,
         episodes=4_000,
         before=_ground,
-        training={"steps": 9_000, "batch_size": 16, "warmup_steps": 200, "ema": 0.999, "grad_clip": 1.0},
+        training=LEARNING,
         aim=0.9,
         experiments=STEPS + WAITING,
     ),
@@ -249,9 +314,18 @@ RECIPES: dict[str, Recipe] = {
         tasks=EVERY,
         episodes=4_000,
         before=_ground,
-        training={"steps": 7_000, "batch_size": 16, "warmup_steps": 200, "ema": 0.999, "grad_clip": 1.0},
+        training=LEARNING,
         aim=0.9,
         experiments=STEPS,
+    ),
+    "pi0fast-tabletop": Recipe(
+        name="pi0fast-tabletop",
+        make=_pi0fast,
+        tasks=EVERY,
+        episodes=4_000,
+        training=LEARNING,
+        start="pi0-tabletop",
+        aim=0.8,
     ),
 }
 
