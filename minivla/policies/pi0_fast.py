@@ -409,7 +409,8 @@ class PI0Fast(Policy):
 
     def embed_prefix(self, batch: Batch, *, decoding: bool = False) -> Prefix:
         """What is seen and read; as LeRobot decodes, with a further <bos> at the end, which all see."""
-        images, (ids, valid) = look(self.config, batch), prompt(batch)
+        stand_in = "black, which all see" if self.openpi else "masked"
+        images, (ids, valid) = look(self.config, batch, absent_is=stand_in), prompt(batch)
         if self.openpi:
             black = next(torch.full_like(image, -1) for image in images.values() if image is not None)
             images = {camera: black if image is None else image for camera, image in images.items()}

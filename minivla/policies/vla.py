@@ -235,11 +235,11 @@ def _warn_of_padding(content: Mapping[str, Any]) -> None:
 # --- what is seen ------------------------------------------------------------------------------------------
 
 
-def look(config: VLAConfig, batch: Batch) -> dict[str, Tensor | None]:
+def look(config: VLAConfig, batch: Batch, *, absent_is: str = "masked") -> dict[str, Tensor | None]:
     """The cameras' images (B, 3, h, w) in [-1, 1] and of SigLIP's size; None for one the batch lacks.
 
-    Warns of an absent camera, once in a process, unless it is one of the `empty_cameras`. Raises ValueError
-    when all are absent.
+    Warns of an absent camera, once in a process, unless it is one of the `empty_cameras`; the warning says
+    that what stands for it `absent_is`. Raises ValueError when all are absent.
     """
     images = {camera: batch.get(camera) for camera in config.image_features}
     absent = [camera for camera, image in images.items() if image is None]
@@ -251,8 +251,8 @@ def look(config: VLAConfig, batch: Batch) -> dict[str, Tensor | None]:
         )
     if dark := [camera for camera in absent if ".empty_camera_" not in camera]:
         _warn_once(
-            f"no {', '.join(dark)} in the batch: its tokens are masked, as if that camera did not exist. If "
-            "it should be there, rename the one you have"
+            f"no {', '.join(dark)} in the batch: its picture is {absent_is}. If it should be there, rename "
+            "the one you have"
         )
     return {
         camera: None if image is None else resize_with_pad(image, *config.image_resolution) * 2 - 1

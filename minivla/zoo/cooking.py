@@ -41,7 +41,7 @@ def cook(
     start = [load(target / recipe.start)] if recipe.start else []
     policy = recipe.make(dataset, *start)
     if recipe.before is not None and newest_state(output) is None:
-        recipe.before(policy)
+        recipe.before(policy, dataset)
     result = train(
         policy,
         dataset,
@@ -77,7 +77,7 @@ def card(
         "task": f"Tabletop {tasks}, cartesian gripper, {views} {cameras}, 64 × 64",
         "demonstrations": f"{recipe.episodes} episodes, data seed {recipe.data_seed}, noise {recipe.noise}",
         "training": ", ".join(f"{k} {v}" for k, v in options.items()),
-        **({"begun with": f"the encoders of {recipe.start}, trained before"} if recipe.start else {}),
+        **({"begun with": f"the eyes and words of {recipe.start}, trained before"} if recipe.start else {}),
         "time to train": f"{minutes:.0f} minutes, CPU threads: {torch.get_num_threads()}",
         **measured,
         "measured": f"95 % Wilson interval, unseen seeds from {UNSEEN:,} on",

@@ -41,7 +41,7 @@ from minivla.world.tasks import TASKS
 CAMERAS = ("table", "wrist")
 COLOURS = len(spec.COLOURS)
 THINGS = 2 * COLOURS + 1  # a block and a goal of each colour, the obstacle
-WANTED = 2  # the block and the goal of the sentence's current part
+WANTED = 3  # the block and the goal of the sentence's current part, and the obstacle
 SPREAD = 0.6  # in patches: how far around a thing's centre patches are to tell of it
 
 
@@ -49,8 +49,8 @@ SPREAD = 0.6  # in patches: how far around a thing's centre patches are to tell 
 class Scenes:
     """N random moments: pictures uint8 (N, cameras, 64, 64, 3), states (N, S), sentences.
 
-    Where things are, (N, cameras, THINGS, 2), and where what is wanted, (N, cameras, WANTED, 2), is told in
-    [-1, 1], y downwards; NaN if out of sight.
+    Where things are, (N, cameras, THINGS, 2), and where that is what is spoken of, (N, cameras, WANTED, 2),
+    is told in [-1, 1], y downwards; NaN if out of sight.
     """
 
     pictures: Tensor
@@ -146,36 +146,42 @@ def teach_to_point(
     batch_size: int = 8,
     lr: float = 1e-3,
 ) -> list[float]:
-    """Teach a PaliGemma, in place, where the block and the goal are that the sentence asks for now.
+    """Teach a PaliGemma, in place, where the block and the goal are that the sentence asks for now, and the
+    obstacle.
 
-    `prefix` makes its tokens of raw observations. The last layer is left out, of which an expert sees nothing
-    but keys and values. Small batches, for it takes many steps to learn what words have to do with pictures,
-    however much each is shown. Returns the loss of every step.
+    `prefix` makes its tokens of raw observations. What it found is read off the keys and values of the last
+    layer, which is all that an expert will see of it. Small batches, for it takes many steps to learn what
+    words have to do with pictures, however much each is shown. Returns the loss of every step.
     """
     seed_all(1)
-    finder = Finder(paligemma.projector.out_features, WANTED)
+    c = paligemma.decoder.stream("prefix").config
+    finder = Finder(2 * c.kv_heads * c.head_dim, WANTED)
 
     def loss(chosen: Tensor) -> Tensor:
-        tokens = prefix(scenes.raw(chosen))
-        last = _read(paligemma, tokens)[:, : len(CAMERAS) * math.prod(paligemma.grid)]
+        seen = _keys_and_values(paligemma, prefix(scenes.raw(chosen)))
         patches = rearrange(
-            last, "batch (camera patch) width -> (batch camera) patch width", camera=len(CAMERAS)
-        )
-        return finder(F.rms_norm(patches, patches.shape[-1:]), scenes.wanted[chosen].flatten(0, 1))
+            seen[:, : len(CAMERAS) * math.prod(paligemma.grid)],
+            "batch (camera patch) width -> (batch camera) patch width", camera=len(CAMERAS),
+        )  # fmt: skip
+        return finder(patches, scenes.wanted[chosen].flatten(0, 1))
 
     return _learn(nn.ModuleList((paligemma, finder)), loss, len(scenes.sentences), steps, batch_size, lr=lr)
 
 
-def _read(paligemma: PaliGemma, prefix: Prefix) -> Tensor:
-    """The prefix (B, L, D) after all layers but the last."""
+def _keys_and_values(paligemma: PaliGemma, prefix: Prefix) -> Tensor:
+    """The prefix's keys and values in the last layer, side by side (B, L, 2 · kv_heads · head_dim); the keys
+    are not turned by their positions yet."""
     decoder, tokens = paligemma.decoder, {"prefix": prefix.tokens}
     turn = rotation(
         valid_positions(prefix.valid), decoder.config.head_dim, decoder.config.rope_base, torch.float32
     )
     joint = Joint(segment_mask(prefix.segments, prefix.valid), turn, {}, None, False, 0)
-    for i in range(decoder.config.layers - 1):
+    *before, last = range(decoder.config.layers)
+    for i in before:
         tokens = decoder.layer(i, tokens, joint, ("prefix",))
-    return tokens["prefix"]
+    layer = decoder.stream("prefix").layer(last)
+    normed, _ = layer.input_norm(tokens["prefix"])
+    return torch.cat((layer.k_proj(normed), layer.v_proj(normed)), dim=-1)
 
 
 def _learn(
@@ -187,7 +193,12 @@ def _learn(
     *,
     lr: float,
 ) -> list[float]:
-    """AdamW on random choices out of `count`; the rate rises, then falls along a cosine."""
+    """AdamW on random choices out of `count`; the rate rises, then falls along a cosine.
+
+    Parameters that are frozen when acting is learnt learn here all the same.
+    """
+    frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
+    module.requires_grad_(True)
     optimizer, losses = torch.optim.AdamW(module.parameters(), lr=lr), []
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -198,6 +209,8 @@ def _learn(
         nn.utils.clip_grad_norm_(module.parameters(), 10.0)
         optimizer.step()
         losses.append(loss.item())
+    for parameter in frozen:
+        parameter.requires_grad_(False)
     return losses
 
 
@@ -250,7 +263,8 @@ def _things(scene: Scene) -> dict[int, np.ndarray]:
 
 def _wanted(scene: Scene) -> dict[int, np.ndarray]:
     block, goal = scene.blocks[scene.part.block].position, scene.goals[scene.part.goal].position
-    return {0: block} if scene.part.verb == "reach" else {0: block, 1: goal}
+    wanted = {0: block} if scene.part.verb == "reach" else {0: block, 1: goal}
+    return wanted | ({} if scene.obstacle is None else {2: scene.obstacle})
 
 
 def _places(scene: Scene, camera: Camera, found: dict[int, np.ndarray], count: int) -> np.ndarray:

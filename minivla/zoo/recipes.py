@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +22,7 @@ from minivla.policies.base import Policy
 from minivla.policies.diffusion import INSTRUCTION_WIDTH, DiffusionConfig, DiffusionPolicy
 from minivla.policies.pi import PI0, PI05, PI0Config, PI05Config
 from minivla.policies.pi0_fast import PI0Fast, PI0FastConfig
-from minivla.policies.vla import StatePrompt
+from minivla.policies.vla import StatePrompt, look, prompt
 from minivla.policies.vqbet import VQBeT, VQBeTConfig
 from minivla.training.latency import STRATEGIES
 from minivla.world import VOCABULARY, spec
@@ -34,9 +35,9 @@ class Recipe:
 
     tasks, episodes, data_seed  the demonstrations; `noise` as in `minivla.world.demonstrations`
     make                        builds the policy from the demonstrations (and from the policy `start` names)
-    before                      what a fresh policy learns, in place, before it sees an action
+    before                      teaches a fresh policy, in place, before it sees an action
     training                    options of `minivla.train`
-    start                       the checkpoint whose encoders it begins with, if any
+    start                       the checkpoint whose eyes and words it begins with, if any
     aim, missed                 the success rate it is meant to reach on each task; tasks where it does not
     experiments                 other ways of running the checkpoint (`minivla.zoo.measuring.experiment`)
     """
@@ -47,7 +48,7 @@ class Recipe:
     episodes: int = 800
     data_seed: int = 0
     noise: float = 0.15
-    before: Callable[[Any], None] | None = None
+    before: Callable[[Any, Any], None] | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
     start: str = ""
     aim: float = 0.95
@@ -142,18 +143,29 @@ def _vqbet(dataset: Any, seeing: Any) -> Policy:
 def _pi0(dataset: Any) -> Policy:
     """A small π0: 0.8 M parameters, two streams of four layers, chunks of 16 actions.
 
-    What it looks at once serves four draws of noise.
+    What it looks at once serves two draws of noise.
     """
     tokenizer = train_tokenizer([*dataset.tasks, PROMPT])
     policy = PI0(PI0Config(**_small(dataset, tokenizer), tokenizer_max_length=32), stats=dataset.stats)
     return _with_tokenizer(policy, tokenizer)
 
 
-def _pi05(dataset: Any) -> Policy:
-    """A small π0.5, of π0's size; its prompt is longer, for the state stands in it."""
+def _pi05(dataset: Any, grounded: Any) -> Policy:
+    """A small π0.5, of π0's size and on its PaliGemma; its prompt is longer, for the state stands in it."""
     tokenizer = train_tokenizer([*dataset.tasks, PROMPT])
     config = PI05Config(**_small(dataset, tokenizer), tokenizer_max_length=44)
-    return _with_tokenizer(PI05(config, stats=_whole_stats(dataset)), tokenizer)
+    policy = PI05(config, stats=_whole_stats(dataset))
+    _lend(grounded, policy)
+    return _with_tokenizer(policy, tokenizer)
+
+
+@torch.no_grad()
+def _lend(grounded: Any, policy: Any) -> None:
+    """Give a policy another one's PaliGemma; words that only it has keep their rows."""
+    known = {k: v for k, v in grounded.paligemma.state_dict().items() if ".suffix." not in k}
+    words = known.pop("embedding.weight")
+    policy.paligemma.load_state_dict(known, strict=False)
+    policy.paligemma.embedding.weight[: len(words)] = words
 
 
 def _pi0fast(dataset: Any, grounded: Any) -> Policy:
@@ -164,7 +176,7 @@ def _pi0fast(dataset: Any, grounded: Any) -> Policy:
     fast = FastTokenizer.fit(_chunks(dataset, 8), scale=5, vocab_size=512)
     tokenizer = train_tokenizer([*dataset.tasks, PROMPT], reserved=fast.vocab_size)
     settings = _small(dataset, tokenizer) | {"chunk_size": 8, "n_action_steps": 8}
-    for name in ("expert_size", "noise_draws"):
+    for name in ("expert_size", "noise_draws", "train_expert_only"):
         del settings[name]
     config = PI0FastConfig(
         **settings,
@@ -181,11 +193,7 @@ def _pi0fast(dataset: Any, grounded: Any) -> Policy:
     )
     policy = PI0Fast(config, stats=_whole_stats(dataset))
     policy.use_tokenizers(text=tokenizer, fast=fast)
-    known = {k: v for k, v in grounded.paligemma.state_dict().items() if ".suffix." not in k}
-    words = known.pop("embedding.weight")
-    policy.paligemma.load_state_dict(known, strict=False)
-    with torch.no_grad():
-        policy.paligemma.embedding.weight[: len(words)] = words
+    _lend(grounded, policy)
     return policy
 
 
@@ -210,7 +218,7 @@ def _whole_stats(dataset: Any) -> Stats:
 def _small(dataset: Any, tokenizer: Any) -> dict[str, Any]:
     """Settings that π0 and π0.5 have in common on Tabletop."""
     inputs, outputs = features_of(dataset)
-    stream = {"width": 96, "layers": 4, "mlp": 192, "heads": 4, "kv_heads": 1, "head_dim": 24}
+    stream = {"width": 96, "layers": 4, "mlp": 192, "heads": 4, "kv_heads": 1, "head_dim": 48}
     return {
         "input_features": inputs,
         "output_features": outputs,
@@ -224,7 +232,8 @@ def _small(dataset: Any, tokenizer: Any) -> dict[str, Any]:
         "language_size": stream,
         "expert_size": stream,
         "vocab_size": len(tokenizer),
-        "noise_draws": 4,
+        "noise_draws": 2,
+        "train_expert_only": True,
         "optimizer_lr": 1e-3,
     }
 
@@ -240,14 +249,24 @@ def _tokenize_steps(policy: Policy) -> list[Tokenize]:
     return [step for step in policy.preprocessor.steps if isinstance(step, Tokenize)]
 
 
-def _ground(policy: Any) -> None:
-    """What PaliGemma brings along: eyes, then eyes and language model, learn what is where."""
+def _ground(policy: Any, dataset: Any) -> None:
+    """What PaliGemma brings along: eyes learn what is where and what it is called, then eyes and language
+    model what a sentence speaks of; at last also where a state stands beside it, for π0.5 and π0-FAST."""
     scenes, (step,) = random_scenes(8_000, seed=7), _tokenize_steps(policy)
     colours = [step.tokenizer.encode(f" {colour}")[-1] for colour in spec.COLOURS]
     teach_to_see(policy.paligemma, colours, scenes, steps=2_000)
-    teach_to_point(
-        policy.paligemma, lambda raw: policy.embed_prefix(policy.preprocess(raw)), scenes, steps=4_000
-    )
+    stated, turn = _pi05(dataset, policy), itertools.cycle((0, 1))
+
+    def plain(raw: Any) -> Any:
+        return policy.embed_prefix(policy.preprocess(raw))
+
+    def either(raw: Any) -> Any:
+        read = prompt((stated if next(turn) else policy).preprocess(raw))
+        return policy.paligemma.embed_prefix(look(policy.config, raw), *read)
+
+    teach_to_point(policy.paligemma, plain, scenes, steps=4_000)
+    more = random_scenes(12_000, seed=8)
+    teach_to_point(policy.paligemma, either, more, steps=4_000, batch_size=16)
 
 
 PROMPT = f"Task: , State: {StatePrompt.ending}"
@@ -260,7 +279,7 @@ SAMPLERS: tuple[Mapping[str, Any], ...] = (
 LOOKING_AGAIN: tuple[Mapping[str, Any], ...] = tuple(
     {"n_action_steps": steps} for steps in (1, 2, 4, 8, 12, 15)
 )
-LEARNING = {"steps": 10_000, "batch_size": 16, "warmup_steps": 200, "ema": 0.999, "grad_clip": 1.0}
+LEARNING = {"steps": 8_000, "batch_size": 32, "warmup_steps": 200, "ema": 0.999, "grad_clip": 1.0}
 STEPS: tuple[Mapping[str, Any], ...] = tuple({"num_inference_steps": steps} for steps in (1, 2, 5, 10, 20))
 WAITING: tuple[Mapping[str, Any], ...] = tuple(
     {"delay": delay, "strategy": strategy, "tasks": BOTH}
@@ -313,7 +332,7 @@ RECIPES: dict[str, Recipe] = {
         make=_pi05,
         tasks=EVERY,
         episodes=4_000,
-        before=_ground,
+        start="pi0-tabletop",
         training=LEARNING,
         aim=0.9,
         experiments=STEPS,

@@ -1,5 +1,8 @@
 """Every check of every chapter accepts its solution, names a plausible mistake and knows a starter."""
 
+import json
+import re
+
 import pytest
 
 from tests.exercises import (
@@ -57,3 +60,20 @@ def test_rejects_a_plausible_mistake(check, mistake, says, capsys):
     assert said.startswith("not yet: ")
     assert said.count("\n") == 1
     assert says in said
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=[chapter.CHAPTER.stem for chapter in CHAPTERS])
+def test_the_notebook_shows_a_starter_and_a_solution_for_each_check(chapter):
+    """And its solutions were right when it was run."""
+    cells = json.loads(chapter.CHAPTER.read_text(encoding="utf-8"))["cells"]
+    number = re.search(r"\d+", chapter.CHAPTER.stem)[0]
+    tagged = {
+        tag: [cell for cell in cells if tag in cell["metadata"].get("tags", [])]
+        for tag in ("exercise", "hide-cell")
+    }
+    for check, _ in chapter.CHECKS:
+        for found in tagged.values():
+            calls = [f"chapter{number}.{check.__name__}(" in "".join(cell["source"]) for cell in found]
+            assert sum(calls) == 1
+    outputs = [output for cell in tagged["hide-cell"] for output in cell["outputs"] if "text" in output]
+    assert all("".join(output["text"]).startswith("correct\n") for output in outputs)

@@ -165,7 +165,7 @@ def test_an_absent_camera_is_told_once_and_an_empty_one_never(monkeypatch):
         for _ in range(3):
             policy.predict_action_chunk(make_batch(ABSENT))
     (warning,) = caught
-    assert str(warning.message).startswith("no observation.images.left in the batch: its tokens are masked")
+    assert str(warning.message).startswith("no observation.images.left in the batch: its picture is masked")
 
 
 # --- training ----------------------------------------------------------------------------------------------
