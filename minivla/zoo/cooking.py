@@ -15,6 +15,7 @@ from minivla.policies.base import Policy
 from minivla.segments import camera_names
 from minivla.training import Evaluation, train
 from minivla.training.checkpoint import newest_state
+from minivla.training.loop import TrainResult
 from minivla.world import demonstrations
 from minivla.zoo.measuring import UNSEEN, measure, sides
 from minivla.zoo.recipes import Recipe, recipe_of
@@ -42,6 +43,25 @@ def cook(
     policy = recipe.make(dataset, *start)
     if recipe.before is not None and newest_state(output) is None:
         recipe.before(policy, dataset)
+    result, minutes = _train(policy, dataset, output, options)
+    if recipe.whole:
+        result.policy.config.train_expert_only = False
+        result.policy.requires_grad_(True)
+        second = dict(recipe.whole) | ({"steps": steps} if steps else {})
+        result, more = _train(result.policy, dataset, runs / f"{name}-whole", second)
+        minutes += more
+    folder = target / name
+    result.policy.save(folder, dtype=torch.float16)
+    measured = measure(name, episodes=episodes, target=target)
+    told = {row: str(outcome) for row, outcome in measured.items()} | sides(measured)
+    atomic_write(folder / "README.md", card(recipe, options, result.policy, told, minutes))
+    return measured
+
+
+def _train(
+    policy: Policy, dataset: Any, output: Path, options: Mapping[str, Any]
+) -> tuple[TrainResult, float]:
+    """Train, going on where an earlier run stopped; the result, and how many minutes it took in all."""
     result = train(
         policy,
         dataset,
@@ -52,13 +72,7 @@ def cook(
         **options,
     )
     # The clock of the log goes on where an interrupted run stopped.
-    minutes = max((record["time"]["seconds"] for record in result.log if "time" in record), default=0) / 60
-    folder = target / name
-    result.policy.save(folder, dtype=torch.float16)
-    measured = measure(name, episodes=episodes, target=target)
-    told = {row: str(outcome) for row, outcome in measured.items()} | sides(measured)
-    atomic_write(folder / "README.md", card(recipe, options, result.policy, told, minutes))
-    return measured
+    return result, max((r["time"]["seconds"] for r in result.log if "time" in r), default=0) / 60
 
 
 def card(
@@ -76,7 +90,8 @@ def card(
         "policy": f"{policy.name}, {parameters / 1e6:.2f} M parameters, stored in float16",
         "task": f"Tabletop {tasks}, cartesian gripper, {views} {cameras}, 64 × 64",
         "demonstrations": f"{recipe.episodes} episodes, data seed {recipe.data_seed}, noise {recipe.noise}",
-        "training": ", ".join(f"{k} {v}" for k, v in options.items()),
+        "training": _told(options),
+        **({"training, all of it": _told(recipe.whole)} if recipe.whole else {}),
         **({"begun with": f"the eyes and words of {recipe.start}, trained before"} if recipe.start else {}),
         "time to train": f"{minutes:.0f} minutes, CPU threads: {torch.get_num_threads()}",
         **measured,
@@ -88,3 +103,7 @@ def card(
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"# {recipe.name}\n\nTrained by `minivla/zoo/recipes.py`.\n\n| | |\n|---|---|\n{table}\n"
+
+
+def _told(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in options.items())

@@ -8,7 +8,7 @@ from minivla.actions import flow
 from minivla.exercises import chapter08
 from minivla.nn.decoder import Cache
 
-CHAPTER = Path(__file__).parents[2] / "drafts" / "08_pi0.ipynb"
+CHAPTER = Path(__file__).parents[2] / "notebooks" / "08_pi0.ipynb"
 
 
 def from_marks(marks, valid):

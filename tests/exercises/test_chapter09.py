@@ -7,7 +7,7 @@ import torch
 
 from minivla.exercises import chapter09
 
-CHAPTER = Path(__file__).parents[2] / "drafts" / "09_pi05.ipynb"
+CHAPTER = Path(__file__).parents[2] / "notebooks" / "09_pi05.ipynb"
 
 
 def read_state(prompt, q01, q99):
