@@ -2,34 +2,11 @@
 
 import json
 import re
+from importlib import import_module
 
 import pytest
 
-from tests.exercises import (
-    test_chapter01,
-    test_chapter02,
-    test_chapter03,
-    test_chapter04,
-    test_chapter05,
-    test_chapter06,
-    test_chapter07,
-    test_chapter08,
-    test_chapter09,
-    test_chapter10,
-)
-
-CHAPTERS = (
-    test_chapter01,
-    test_chapter02,
-    test_chapter03,
-    test_chapter04,
-    test_chapter05,
-    test_chapter06,
-    test_chapter07,
-    test_chapter08,
-    test_chapter09,
-    test_chapter10,
-)
+CHAPTERS = [import_module(f"tests.exercises.test_chapter{number:02}") for number in range(1, 11)]
 CHECKS = [pair for chapter in CHAPTERS for pair in chapter.CHECKS]
 MISTAKES = [mistake for chapter in CHAPTERS for mistake in chapter.MISTAKES]
 names = [check.__name__ for check, _ in CHECKS]
