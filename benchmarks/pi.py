@@ -50,10 +50,10 @@ class Size:
 
 
 SMALL = Size(
-    "small", 2, 64,
-    {"width": 96, "layers": 3, "heads": 4, "mlp": 192, "patch": 8},
-    {"width": 96, "layers": 4, "mlp": 192, "heads": 4, "kv_heads": 1, "head_dim": 24},
-    {"width": 96, "layers": 4, "mlp": 192, "heads": 4, "kv_heads": 1, "head_dim": 24},
+    "small", 2, 112,
+    {"width": 96, "layers": 3, "heads": 4, "mlp": 192, "patch": 14},
+    {"width": 96, "layers": 4, "mlp": 192, "heads": 8, "kv_heads": 1, "head_dim": 16},
+    {"width": 96, "layers": 4, "mlp": 192, "heads": 8, "kv_heads": 1, "head_dim": 16},
     16, {"pi0": 32, "pi05": 44}, 20,
 )  # fmt: skip
 MIDDLE = Size(
