@@ -92,6 +92,7 @@ def card(
         "demonstrations": f"{recipe.episodes} episodes, data seed {recipe.data_seed}, noise {recipe.noise}",
         "training": _told(options),
         **({"training, all of it": _told(recipe.whole)} if recipe.whole else {}),
+        **({"the shipped run": recipe.differs} if recipe.differs else {}),
         **({"begun with": f"the eyes and words of {recipe.start}, trained before"} if recipe.start else {}),
         "time to train": f"{minutes:.0f} minutes, CPU threads: {torch.get_num_threads()}",
         **measured,

@@ -9,8 +9,8 @@ then both were taught together, by pointing at what is named among other things 
 2. eyes and language model together: where is what the sentence asks for?
 
 Each patch tells what lies near it and how far off, all patches together where everything is; the layers that
-tell it are thrown away afterwards. Without the words in the first part the second one does not begin to learn
-for thousands of steps: attention has to compare "red" to what is red before it can gain from it.
+tell it are thrown away afterwards. The words in the first part shorten the second: attention has to compare
+"red" to what is red before it can gain from it.
 """
 
 from __future__ import annotations
@@ -88,7 +88,10 @@ class Finder(nn.Module):
 
 
 class Namer(nn.Module):
-    """SigLIP's loss, for patches in place of pictures: is this the word for what lies here, yes or no?"""
+    """SigLIP's loss, for patches in place of pictures: is this the word for what lies here, yes or no?
+
+    Source: Zhai et al. 2023, section 3.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -40,6 +40,7 @@ class Recipe:
     whole                       options of a second training, of all that the first one left frozen too
     start                       the checkpoint whose eyes and words it begins with, if any
     aim, missed                 the success rate it is meant to reach on each task; tasks where it does not
+    differs                     in what the run that shipped was not this recipe
     experiments                 other ways of running the checkpoint (`minivla.zoo.measuring.experiment`)
     """
 
@@ -55,6 +56,7 @@ class Recipe:
     start: str = ""
     aim: float = 0.95
     missed: tuple[str, ...] = ()
+    differs: str = ""
     experiments: tuple[Mapping[str, Any], ...] = ()
 
 
@@ -241,21 +243,22 @@ def _small(dataset: Any, tokenizer: Any) -> dict[str, Any]:
 
 
 def _with_tokenizer(policy: Policy, tokenizer: Any) -> Policy:
-    (step,) = _tokenize_steps(policy)
-    step.tokenizer = tokenizer
+    _tokenize(policy).tokenizer = tokenizer
     return policy
 
 
-def _tokenize_steps(policy: Policy) -> list[Tokenize]:
+def _tokenize(policy: Policy) -> Tokenize:
+    """The step that makes tokens of the prompt."""
     assert policy.preprocessor is not None
-    return [step for step in policy.preprocessor.steps if isinstance(step, Tokenize)]
+    (step,) = (step for step in policy.preprocessor.steps if isinstance(step, Tokenize))
+    return step
 
 
 def _ground(policy: Any, dataset: Any) -> None:
     """What PaliGemma brings along: eyes learn what is where and what it is called, then eyes and language
     model what a sentence speaks of; at last also where a state stands beside it, for π0.5 and π0-FAST."""
-    scenes, (step,) = random_scenes(8_000, seed=7), _tokenize_steps(policy)
-    colours = [step.tokenizer.encode(f" {colour}")[-1] for colour in spec.COLOURS]
+    scenes, tokenizer = random_scenes(8_000, seed=7), _tokenize(policy).tokenizer
+    colours = [tokenizer.encode(f" {colour}")[-1] for colour in spec.COLOURS]
     teach_to_see(policy.paligemma, colours, scenes, steps=2_000)
     stated, turn = _pi05(dataset, policy), itertools.cycle((0, 1))
 
@@ -284,6 +287,10 @@ LOOKING_AGAIN: tuple[Mapping[str, Any], ...] = tuple(
 EITHER = {"warmup_steps": 200, "ema": 0.999, "grad_clip": 1.0}
 LEARNING = {"steps": 4_000, "batch_size": 32, "schedule": "constant", **EITHER}
 WHOLE = {"steps": 5_000, "batch_size": 16, "lr": 5e-4, **EITHER}
+SHIPPED = (
+    "the first training was stopped at step 4,000 of a cosine over 8,000 and took two draws of noise, not "
+    "four; the second one's cosine was over 6,000 steps until step 1,400"
+)
 STEPS: tuple[Mapping[str, Any], ...] = tuple(
     {"num_inference_steps": steps, "tasks": BOTH} for steps in (1, 2, 5, 10)
 )
@@ -332,6 +339,7 @@ RECIPES: dict[str, Recipe] = {
         whole=WHOLE,
         aim=0.9,
         missed=("push", "sort"),
+        differs=SHIPPED,
         experiments=STEPS + WAITING,
     ),
     "pi05-tabletop": Recipe(
@@ -344,6 +352,7 @@ RECIPES: dict[str, Recipe] = {
         whole=WHOLE,
         aim=0.9,
         missed=("push", "detour", "sort"),
+        differs=SHIPPED,
         experiments=STEPS,
     ),
     "pi0fast-tabletop": Recipe(
