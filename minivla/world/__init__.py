@@ -9,11 +9,13 @@ render.py          pictures
 tabletop.py        the gymnasium environment, "minivla/Tabletop-v0"
 experts.py         scripted experts
 demonstrations.py  their episodes, as a dataset in memory
+corrections.py     the expert going on where a policy has got to (DAgger)
 recording.py       the same on disk, as a LeRobotDataset
 """
 
 import gymnasium
 
+from minivla.world.corrections import corrections
 from minivla.world.demonstrations import Demonstrations, demonstrations
 from minivla.world.embodiments import EMBODIMENTS
 from minivla.world.experts import expert
@@ -30,6 +32,7 @@ __all__ = [
     "ActionSpec",
     "Demonstrations",
     "Tabletop",
+    "corrections",
     "demonstrations",
     "expert",
     "record",

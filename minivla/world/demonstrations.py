@@ -99,6 +99,31 @@ class Demonstrations(Dataset[dict[str, Any]]):
                 )
         return delta_frames(delta_timestamps or {}, self.fps)
 
+    def joined(self, other: "Demonstrations") -> "Demonstrations":
+        """The episodes of both, this one's first, seen through this one's windows.
+
+        `stats` are those of all. Raises ValueError where columns differ in name, shape or kind, or the fps.
+        """
+        if (self.features, self.fps) != (other.features, other.fps):
+            raise ValueError(
+                f"cannot join {self.fps} fps of {self.features} and {other.fps} fps of {other.features}; "
+                "expected the same columns: make both with the same embodiment, size and cameras."
+            )
+        recorded = [key for key in self.columns if key not in COUNTERS]
+        both = Demonstrations(
+            {key: np.concatenate([self.columns[key], other.columns[key]]) for key in recorded},
+            [stop - start for each in (self, other) for start, stop in each.episodes],
+            [
+                each.tasks[each.columns["task_index"][start]]
+                for each in (self, other)
+                for start, _ in each.episodes
+            ],
+            {key: self.features[key] for key in recorded},
+            fps=self.fps,
+        )
+        both.deltas = self.deltas
+        return both
+
     @property
     def num_frames(self) -> int:
         """How many frames there are."""
@@ -202,15 +227,25 @@ def demonstrations(
     envs = [Tabletop(each, *settings, split=split) for each in tasks]
     bar = tqdm(range(episodes), desc=f"{', '.join(tasks)} demonstrations", disable=not progress)
     kept = [_successful_episode(envs[i % len(envs)], np.random.default_rng([seed, i]), noise) for i in bar]
-    frames = [frame for episode, *_ in kept for frame in episode]
+    dataset = collect(envs[0], [(frames, instruction) for frames, instruction, _ in kept], delta_timestamps)
+    # A disturbed step carried out another action than the recorded one: such an episode does not repeat.
+    dataset.seeds = None if noise else [seed for *_, seed in kept]
+    return dataset
+
+
+def collect(
+    env: Tabletop,
+    episodes: Sequence[tuple[Sequence[Frame], str]],
+    delta_timestamps: Mapping[str, Sequence[float]] | None = None,
+) -> Demonstrations:
+    """A dataset of episodes, each given as frames of `env` and its instruction."""
+    frames = [frame for episode, _ in episodes for frame in episode]
     return Demonstrations(
         {key: np.stack([frame[key] for frame in frames]) for key in frames[0]},
-        [len(episode) for episode, *_ in kept],
-        [instruction for _, instruction, _ in kept],
-        columns_of(envs[0]),
+        [len(episode) for episode, _ in episodes],
+        [instruction for _, instruction in episodes],
+        columns_of(env),
         delta_timestamps=delta_timestamps,
-        # A disturbed step carried out another action than the recorded one: such an episode does not repeat.
-        seeds=None if noise else [seed for *_, seed in kept],
     )
 
 
@@ -243,6 +278,14 @@ def _successful_episode(
 def _episode(env: Tabletop, seed: int, rng: np.random.Generator, noise: float) -> Iterator[Frame]:
     """The frames of one episode; the last is the one that its last action was decided on."""
     observation, _ = env.reset(seed=seed)
+    yield from finished(env, observation, rng, noise)
+
+
+def finished(
+    env: Tabletop, observation: Mapping[str, np.ndarray], rng: np.random.Generator, noise: float
+) -> Iterator[Frame]:
+    """The frames with which the expert takes an episode to its end, from where it is; `observation` is the
+    last one."""
     act, disturb, over = expert(env), Disturbance(env, rng, noise), False
     while not over:
         action = act()

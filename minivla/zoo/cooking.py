@@ -16,7 +16,7 @@ from minivla.segments import camera_names
 from minivla.training import Evaluation, train
 from minivla.training.checkpoint import newest_state
 from minivla.training.loop import TrainResult
-from minivla.world import demonstrations
+from minivla.world import Demonstrations, corrections, demonstrations
 from minivla.zoo.measuring import UNSEEN, measure, sides
 from minivla.zoo.recipes import Recipe, recipe_of
 
@@ -44,11 +44,15 @@ def cook(
     if recipe.before is not None and newest_state(output) is None:
         recipe.before(policy, dataset)
     result, minutes = _train(policy, dataset, output, options)
-    if recipe.whole:
+    for stage, settings in (("whole", recipe.whole), ("again", recipe.again)):
+        if not settings:
+            continue
         result.policy.config.train_expert_only = False
         result.policy.requires_grad_(True)
-        second = dict(recipe.whole) | ({"steps": steps} if steps else {})
-        result, more = _train(result.policy, dataset, runs / f"{name}-whole", second)
+        if stage == "again":
+            dataset = _with_corrections(dataset, result.policy, recipe)
+        changed = dict(settings) | ({"steps": steps} if steps else {})
+        result, more = _train(result.policy, dataset, runs / f"{name}-{stage}", changed)
         minutes += more
     folder = target / name
     result.policy.save(folder, dtype=torch.float16)
@@ -56,6 +60,13 @@ def cook(
     told = {row: str(outcome) for row, outcome in measured.items()} | sides(measured)
     atomic_write(folder / "README.md", card(recipe, options, result.policy, told, minutes))
     return measured
+
+
+def _with_corrections(dataset: Demonstrations, policy: Policy, recipe: Recipe) -> Demonstrations:
+    """The demonstrations, and of each task as many corrected episodes as the recipe says."""
+    for seed, (task, episodes) in enumerate(recipe.corrected.items(), start=recipe.data_seed + 1):
+        dataset = dataset.joined(corrections(policy, task, episodes, seed, noise=recipe.noise))
+    return dataset
 
 
 def _train(
@@ -92,6 +103,8 @@ def card(
         "demonstrations": f"{recipe.episodes} episodes, data seed {recipe.data_seed}, noise {recipe.noise}",
         "training": _told(options),
         **({"training, all of it": _told(recipe.whole)} if recipe.whole else {}),
+        **({"corrected": _corrected(recipe)} if recipe.corrected else {}),
+        **({"training, with those": _told(recipe.again)} if recipe.again else {}),
         **({"the shipped run": recipe.differs} if recipe.differs else {}),
         **({"begun with": f"the eyes and words of {recipe.start}, trained before"} if recipe.start else {}),
         "time to train": f"{minutes:.0f} minutes, CPU threads: {torch.get_num_threads()}",
@@ -108,3 +121,8 @@ def card(
 
 def _told(options: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in options.items())
+
+
+def _corrected(recipe: Recipe) -> str:
+    episodes = ", ".join(f"{n} of `{task}`" for task, n in recipe.corrected.items())
+    return f"episodes that it began and the expert ended: {episodes}"

@@ -38,6 +38,8 @@ class Recipe:
     before                      teaches a fresh policy, in place, before it sees an action
     training                    options of `minivla.train`
     whole                       options of a second training, of all that the first one left frozen too
+    corrected, again            how many episodes of which task it then begins and the expert ends
+                                (`minivla.world.corrections`), and options of a last training, with those too
     start                       the checkpoint whose eyes and words it begins with, if any
     aim, missed                 the success rate it is meant to reach on each task; tasks where it does not
     differs                     in what the run that shipped was not this recipe
@@ -53,6 +55,8 @@ class Recipe:
     before: Callable[[Any, Any], None] | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
     whole: Mapping[str, Any] = field(default_factory=dict)
+    corrected: Mapping[str, int] = field(default_factory=dict)
+    again: Mapping[str, Any] = field(default_factory=dict)
     start: str = ""
     aim: float = 0.95
     missed: tuple[str, ...] = ()
@@ -287,6 +291,8 @@ LOOKING_AGAIN: tuple[Mapping[str, Any], ...] = tuple(
 EITHER = {"warmup_steps": 200, "ema": 0.999, "grad_clip": 1.0}
 LEARNING = {"steps": 4_000, "batch_size": 32, "schedule": "constant", **EITHER}
 WHOLE = {"steps": 5_000, "batch_size": 16, "lr": 5e-4, **EITHER}
+CORRECTED = {"push": 1_500, "sort": 900, "detour": 250, "pick_place": 250}
+AGAIN = WHOLE | {"steps": 8_000}
 SHIPPED = (
     "the first training was stopped at step 4,000 of a cosine over 8,000 and took two draws of noise, not "
     "four; the second one's cosine was over 6,000 steps until step 1,400"
