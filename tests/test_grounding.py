@@ -1,13 +1,25 @@
 """What a small PaliGemma learns beforehand: labels are where things are drawn, and pointing is learnt."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
 from minivla.nn.decoder import DecoderConfig
-from minivla.nn.paligemma import PaliGemma
+from minivla.nn.paligemma import PaliGemma, Prefix
 from minivla.nn.vit import ViTConfig
 from minivla.world.render import RGB
-from minivla.zoo.grounding import CAMERAS, COLOURS, THINGS, Finder, Namer, random_scenes, teach_to_see
+from minivla.world.spec import COLOURS as NAMES
+from minivla.zoo.grounding import (
+    CAMERAS,
+    COLOURS,
+    THINGS,
+    Finder,
+    Namer,
+    random_scenes,
+    teach_to_point,
+    teach_to_see,
+)
 
 WORDS = [5, 6, 7, 8]
 
@@ -80,3 +92,27 @@ def test_seeing_and_naming_are_learnt_and_repeatable():
     assert np.mean(losses[0][-5:]) < 0.6 * losses[0][0]
     moved = (taught[0].embedding.weight - small_paligemma().embedding.weight).norm(dim=1)
     assert moved[WORDS].min() > 3 * moved[: WORDS[0]].max()
+
+
+def colours_of(paligemma: PaliGemma, raw: dict[str, Any]) -> Prefix:
+    """A prefix whose prompt is the colours that the sentence names, in its order."""
+    named = [[WORDS[NAMES.index(word)] for word in text.split() if word in NAMES] for text in raw["task"]]
+    longest = max(map(len, named))
+    ids = torch.tensor([each + [0] * (longest - len(each)) for each in named])
+    images = {key: value * 2 - 1 for key, value in raw.items() if "images" in key}
+    return paligemma.embed_prefix(images, ids, ids > 0)
+
+
+def test_pointing_is_learnt_in_what_an_expert_sees():
+    """The loss falls; what comes after the last layer's keys and values is left as it was."""
+    scenes, taught, before = random_scenes(60, seed=4), small_paligemma(), small_paligemma().state_dict()
+    taught.decoder.requires_grad_(False)
+    losses = teach_to_point(taught, lambda raw: colours_of(taught, raw), scenes, steps=80)
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])
+    moved = {key for key, value in taught.state_dict().items() if not torch.equal(value, before[key])}
+    layer = "decoder.streams.prefix.layers.0."
+    assert {f"{layer}{part}" for part in ("k_proj.weight", "v_proj.weight", "input_norm.weight")} <= moved
+    unseen = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "post_norm")
+    assert not moved & {f"{layer}{part}.weight" for part in unseen}
+    assert not any(p.requires_grad for p in taught.decoder.parameters()), "as frozen as before"
+    assert all(p.requires_grad for p in taught.vision.parameters())
