@@ -265,10 +265,11 @@ class PI0(Policy):
         noise (B, H, max_action_dim), time (B,) in [0, 1], 1 = noise; drawn if not given. With `upstream`
         "openpi" the padded dimensions count too. Steps that are padding (`action_is_pad`) count, as upstream.
         With several `noise_draws` B counts these, sample by sample: what is seen is looked at once for all.
+        Given ones may be of any such number. Raises ValueError for a B that is no multiple of the samples.
         """
-        c = self.config
+        c, draws = self.config, self._draws(len(batch[ACTION]), time if noise is None else noise)
         action = pad(batch[ACTION], c.max_action_dim, ACTION).to(self.action_in_proj.weight.dtype)
-        action, state = (x.repeat_interleave(c.noise_draws, dim=0) for x in (action, self.state(batch)))
+        action, state = (x.repeat_interleave(draws, dim=0) for x in (action, self.state(batch)))
         noise = flow.draw_noise(action.shape, action, generator) if noise is None else noise
         time = self.draw_time(len(action), generator).to(action) if time is None else time
         x = flow.interpolate(action, noise, time, flow.PI)
@@ -281,9 +282,20 @@ class PI0(Policy):
         error = error if c.upstream == "openpi" else self.real(error)
         return error.mean(), {}
 
+    def _draws(self, samples: int, given: Tensor | None) -> int:
+        """How many noises and times there are for each sample: the config's number, or as many as given."""
+        if given is None:
+            return self.config.noise_draws
+        if len(given) % samples:
+            raise ValueError(
+                f"noise and time have {len(given)} rows, the batch {samples} samples; expected one row for "
+                "each sample, or the same number for each"
+            )
+        return len(given) // samples
+
     def _joint(self, prefix: Prefix, suffix: Suffix) -> Tensor:
         """The suffix's last hidden states (B, L, D), beside its prefix or, n to one, behind what it left."""
-        decoder, n = self.paligemma.decoder, self.config.noise_draws
+        decoder, n = self.paligemma.decoder, len(suffix.tokens) // len(prefix.tokens)
         mask, positions = self.lay_out(prefix, suffix)
         both, conditions = {"prefix": prefix.tokens, "suffix": suffix.tokens}, _conditions(suffix)
         if n == 1:

@@ -195,6 +195,18 @@ def test_several_draws_for_each_observation_are_that_observation_several_times(f
 
 
 @families
+def test_as_many_draws_as_noises_are_given(family):
+    """One row of noise for each sample is one draw, whatever the config says; drawn here, there are more."""
+    several, one, batch = tiny_pi(family, noise_draws=3), tiny_pi(family), make_batch()
+    size = len(EVERYTHING.prompts)
+    noise, time = torch.randn(size, 6, 32), torch.rand(size)
+    losses = [policy(batch, noise=noise, time=time)[0] for policy in (several, one)]
+    torch.testing.assert_close(*losses)
+    with pytest.raises(ValueError, match=f"{size + 1} rows, the batch {size} samples"):
+        several(batch, noise=torch.randn(size + 1, 6, 32), time=torch.rand(size + 1))
+
+
+@families
 def test_only_what_learns_is_given_to_the_optimizer(family):
     policy = tiny_pi(family, train_expert_only=True)
     (group,) = policy.optimizer_groups()

@@ -43,8 +43,14 @@ RUN = {
 @pytest.mark.parametrize("name", ["pi0", "pi05"])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"train_expert_only": True}, {"freeze_vision_encoder": True}, {"upstream": "openpi"}],
-    ids=["all trains", "expert alone", "vision frozen", "openpi"],
+    [
+        {},
+        {"train_expert_only": True},
+        {"freeze_vision_encoder": True},
+        {"upstream": "openpi"},
+        {"noise_draws": 3},
+    ],
+    ids=["all trains", "expert alone", "vision frozen", "openpi", "several draws"],
 )
 def test_a_clean_one_is_clean(name, settings, dataset):
     report = patient(name, dataset, **settings).report("")
