@@ -50,6 +50,7 @@ from minivla.policies.vla import (
     VLAConfig,
     before_tokens,
     clean,
+    compile_decoder,
     freeze,
     look,
     modern_name,
@@ -211,6 +212,7 @@ class PI0(Policy):
         self.action_out_proj = nn.Linear(expert.width, config.max_action_dim)
         self._add_time(config.max_state_dim, expert.width)
         self.paligemma.decoder.checkpointing = config.gradient_checkpointing
+        compile_decoder(self.paligemma, config, graphs=True)
         set_precision(self, config.dtype)
         freeze(self.paligemma, vision=config.freeze_vision_encoder, language=config.train_expert_only)
 
@@ -348,6 +350,8 @@ class PI0(Policy):
             cache=cache,
             outcome=(),
         )
+        if c.compile_model:  # a CUDA graph that runs again writes over what it once gave
+            cache = Cache(*([x.clone() for x in kept] for kept in (cache.keys, cache.values)))
 
         def velocity(x: Tensor, time: Tensor) -> Tensor:
             suffix = self.embed_suffix(state, x, time)

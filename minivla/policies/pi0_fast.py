@@ -48,6 +48,7 @@ from minivla.policies.vla import (
     StatePrompt,
     VLAConfig,
     before_tokens,
+    compile_decoder,
     look,
     modern_name,
     prompt,
@@ -253,6 +254,7 @@ class PI0Fast(Policy):
         )  # fmt: skip
         self.lm_head = nn.Linear(config.language.width, config.vocab_size, bias=False)
         self.paligemma.decoder.checkpointing = config.gradient_checkpointing
+        compile_decoder(self.paligemma, config, graphs=False)
         self.openpi, self._own_words = config.upstream == "openpi", config.action_words()
         set_precision(self, config.dtype)
         if self.openpi:  # the table is read from and written with; LeRobot has lost the tie

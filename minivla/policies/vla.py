@@ -52,8 +52,8 @@ class VLAConfig(PolicyConfig):
     use_relative_actions, relative_exclude_joints, action_feature_names: actions as differences to the state
     rtc_config: settings of real-time chunking (`minivla.actions.realtime`), or None
     gradient_checkpointing: memory for time
-    compile_model, compile_mode: kept for LeRobot; here the first only leaves padding where it is, so that
-    code compiled by the caller meets one shape
+    compile_model, compile_mode: whether the decoder is compiled, and torch.compile's mode; padding then stays
+    where it is, so that what is compiled meets one shape
     optimizer_…, scheduler_…: how upstream trains
 
     Only in minivla: vision_size, language_size, vocab_size replace numbers of the variant, for small worlds;
@@ -378,6 +378,17 @@ def set_precision(policy: nn.Module, dtype: str) -> None:
             part in name for part in ("vision", "projector", "norm")
         ):
             parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def compile_decoder(paligemma: PaliGemma, config: VLAConfig, *, graphs: bool) -> None:
+    """Compile it if the config says so; without CUDA `graphs` where no two calls have one shape.
+
+    LeRobot compiles all of sampling and of the loss; what is not compiled here is little beside the decoder.
+    """
+    plain = {"max-autotune": "max-autotune-no-cudagraphs", "reduce-overhead": "default"}
+    if config.compile_model:
+        mode = config.compile_mode if graphs else plain.get(config.compile_mode, config.compile_mode)
+        paligemma.decoder.compile(mode=mode)
 
 
 def freeze(paligemma: PaliGemma, *, vision: bool, language: bool) -> None:
