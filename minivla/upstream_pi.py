@@ -32,6 +32,18 @@ def pi_sites(policy: Any) -> list[str]:
     return [*seen, *(f"joint.{i}" for i in range(len(_streams(policy)["prefix"].layers)))]
 
 
+def pi_inert(policy: Any) -> tuple[str, ...]:
+    """How the names of tensors end that change nothing: heads for words that nobody says, and of the last
+    language layer all but the keys and values that the expert sees."""
+    last = len(_streams(policy)["prefix"].layers) - 1
+    parts = (
+        "self_attn.q_proj", "self_attn.o_proj", "post_attention_layernorm",
+        "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+    )  # fmt: skip
+    layer = tuple(f"language_model.layers.{last}.{part}.weight" for part in parts)
+    return (*layer, "language_model.norm.weight", "lm_head.weight")
+
+
 def hook_pi(policy: Any) -> list[Any]:
     """Put eyes into a policy; call `remove` of each that is returned to take them out."""
     model, streams = policy.model, _streams(policy)

@@ -16,6 +16,7 @@ from minivla.policies.base import Policy
 from minivla.preflight import running, sampler
 from minivla.preflight.report import ERROR, WARNING, Finding, NotRun
 from minivla.preflight.subject import Subject
+from minivla.upstream_pi import pi_inert
 
 SHIFTS = (
     100.0,
@@ -146,6 +147,8 @@ def _inert(policy: Any) -> tuple[str, ...]:
         return tuple(policy.inert)
     if getattr(policy, "name", "") == "act":
         return tuple(inert_act(policy.config))
+    if getattr(policy, "name", "") in ("pi0", "pi05"):
+        return pi_inert(policy)
     return ("pool.nets.bias",)  # of LeRobot's keypoints: softmax does not see a constant
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from importlib import import_module
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from minivla.data.windows import delta_timestamps
 from minivla.preflight import doctor
 from minivla.world import demonstrations, record
 from tests.parity import redraw
+from tests.policies.fast_small import their_words
+from tests.policies.pi_small import EVERYTHING, SIDE, at_tiny_size, redraw_pi, their_module
 from tests.preflight.patients import DIFFUSION, STATE, TABLE, VQBET, WRIST
 
 
@@ -152,6 +156,38 @@ def test_its_vqbet_is_clean_in_both_phases(phase, pictures):
     assert report.codes == ("padding-leaks",), str(report)
     assert {"frozen and trainable", "queue reset", "depends on state"} <= set(report.passed)
     assert len(report.notes) == 1
+
+
+def pi(family: str, dataset):
+    """(policy, preprocessor, postprocessor) of LeRobot's π0 or π0.5, tiny, with a tokenizer of letters."""
+    import lerobot.processor.tokenizer_processor as tokenizing
+    from lerobot.configs import FeatureType, PolicyFeature
+
+    module, title = their_module(family), {"pi0": "PI0", "pi05": "PI05"}[family]
+    inputs = {camera: PolicyFeature(FeatureType.VISUAL, (3, 64, 64)) for camera in (TABLE, WRIST)}
+    inputs[STATE] = PolicyFeature(FeatureType.STATE, (3,))
+    outputs = {"action": PolicyFeature(FeatureType.ACTION, (3,))}
+    config = getattr(module, f"{title}Config")(
+        input_features=inputs, output_features=outputs, device="cpu", chunk_size=6, n_action_steps=3,
+        image_resolution=(SIDE, SIDE), tokenizer_max_length=90,
+    )  # fmt: skip
+    with at_tiny_size(module, EVERYTHING):
+        policy = getattr(module, f"{title}Policy")(config)
+    redraw_pi(policy)
+    processor = import_module(f"lerobot.policies.{family}.processor_{family}")
+    letters = SimpleNamespace(from_pretrained=their_words)
+    with mock.patch.object(tokenizing, "AutoTokenizer", letters):
+        return policy, *getattr(processor, f"make_{family}_pre_post_processors")(config, dataset.stats)
+
+
+@pytest.mark.parametrize("family", ["pi0", "pi05"])
+def test_its_pi_is_clean(family, pictures):
+    """The head for words and most of the last language layer do nothing, which is known of them."""
+    parts = pi(family, pictures)
+    report = examined(parts, seen(parts[0], pictures))
+    assert report.codes == ("padding-leaks",), str(report)
+    assert {"frozen and trainable", "queue reset", "depends on state"} <= set(report.passed)
+    assert "depends on instruction" in report.passed
 
 
 def no_statistics(parts, raw):
