@@ -42,6 +42,7 @@ PROCESSOR, VOCABULARY = "processor_config.json", "tokenizer.json"
 BELOW = f"bpe_tokenizer/{VOCABULARY}"  # where transformers 5 puts it when it saves the published class
 PUBLISHED, UPSTREAM = "physical-intelligence/fast", "UniversalActionProcessor"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+STRICT = "for what a network said, read it with strict=False"
 MEND = "write the folder again (FastTokenizer.save, lerobot-train-tokenizer) or copy it whole"
 
 
@@ -240,7 +241,7 @@ class FastTokenizer:
     def _ids(self, tokens: Rows, strict: bool) -> list[list[int]]:
         rows = _rows(tokens)
         if strict:
-            _expect_below(self.bpe.get_vocab_size(), rows)
+            _expect_below(self.bpe.get_vocab_size(), rows, STRICT)
         return rows
 
     def _read(self, row: list[int]) -> str:
@@ -280,7 +281,8 @@ def to_language_ids(tokens: Rows, vocabulary: int, skip: int = 128) -> list[list
     Source: openpi `models/tokenizer.py`, FASTTokenizer.
     """
     rows, room = _rows(tokens), vocabulary - skip
-    _expect_below(room, rows)
+    mend = f"take a FAST tokenizer with a vocab_size of at most {room}, or another skip than {skip}"
+    _expect_below(room, rows, mend)
     return [[room - 1 - token for token in row] for row in rows]
 
 
@@ -292,7 +294,7 @@ def from_language_ids(ids: Rows, vocabulary: int, skip: int = 128, *, strict: bo
     """
     rows, room = _rows(ids), vocabulary - skip
     if strict:
-        _expect_below(room, rows, "language id")
+        _expect_below(room, rows, STRICT, "language id")
     return [[room - 1 - each for each in row] for row in rows]
 
 
@@ -321,13 +323,10 @@ def _rows(given: Rows) -> list[list[int]]:
     return [[int(each) for each in row] for row in given]
 
 
-def _expect_below(size: int, rows: list[list[int]], what: str = "token") -> None:
+def _expect_below(size: int, rows: list[list[int]], mend: str, what: str = "token") -> None:
     wrong = [(each, sample) for sample, row in enumerate(rows) for each in row if not 0 <= each < size]
     for each, sample in wrong[:1]:
-        raise ValueError(
-            f"{what} {each} of sample {sample} is outside 0 … {size - 1}; for what a network said, read it "
-            "with strict=False"
-        )
+        raise ValueError(f"{what} {each} of sample {sample} is outside 0 … {size - 1}; {mend}")
 
 
 def _byte_symbols() -> dict[str, int]:

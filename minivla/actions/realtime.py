@@ -136,10 +136,16 @@ def guide(
     LeRobot means to do the second: it asks autograd for the product, but calls the network before x begins to
     require gradients. The velocity is then a constant, the Jacobian the identity, and the error itself comes
     back; a test beside this file shows it. Its published behaviour is the default here.
-    Raises ValueError for a negative delay, and, when called, for a `previous` that does not fit the chunk.
+    Raises ValueError for a negative delay and a `previous` of other than two or three axes, and, when called,
+    for one that does not fit the chunk.
     """
     if previous is None or not config.enabled:
         return field
+    if previous.ndim not in (2, 3):
+        raise ValueError(
+            f"the previous chunk's left-over has shape {tuple(previous.shape)}, expected (B, K, A) or "
+            "(K, A); pass the K actions not yet carried out, normalised"
+        )
     wished = config.execution_horizon if execution_horizon is None else execution_horizon
     end = min(wished, previous.shape[-2])
     prefix_weights(delay, end, 0, config.prefix_attention_schedule)  # refuses now what makes no sense
@@ -163,9 +169,9 @@ def guide(
 
 
 def _fill_up(previous: Tensor, x: Tensor) -> Tensor:
-    """`previous` with zeros up to the shape of x (B, H, A)."""
+    """`previous`, (B, K, A') or (K, A'), with zeros up to the shape of x (B, H, A)."""
     missing = [have - given for have, given in zip(x.shape[1:], previous.shape[-2:], strict=True)]
-    if min(missing) < 0 or previous.ndim not in (2, 3) or (previous.ndim == 3 and len(previous) != len(x)):
+    if min(missing) < 0 or (previous.ndim == 3 and len(previous) != len(x)):
         raise ValueError(
             f"the previous chunk's left-over has shape {tuple(previous.shape)}, expected {tuple(x.shape)} "
             "(B, H, A) or fewer steps or dimensions; pass the actions not yet carried out, normalised"

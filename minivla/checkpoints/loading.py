@@ -49,7 +49,11 @@ PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.
 FETCHING_FIELDS: dict[str, Any] = {"pretrained_backbone_weights": None}
 PRECISIONS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # by their names in a config's `dtype`
 # Saved processors were made from these, and would not follow if they alone were overridden.
-PROCESSOR_FIELDS = ("input_features", "output_features", "normalization_mapping")
+PROCESSOR_FIELDS = (
+    "input_features", "output_features", "normalization_mapping",
+    "use_relative_actions", "relative_exclude_joints", "action_feature_names",
+)  # fmt: skip
+TABLES = PROCESSOR_FIELDS[:3]
 
 StatsLike = Mapping[str, Mapping[str, Any]]
 FROM_CHECKPOINT: Any = object()
@@ -101,6 +105,8 @@ def load(
     policy.preprocessor, policy.postprocessor = _processors(
         folder, policy.config, stored, stats, fresh=bool(changed), allow_constant=allow_constant
     )
+    if policy.preprocessor is not None:
+        policy.config.follow(policy.preprocessor.steps, overrides)
     _fill(policy, stored, place, dtype)
     return policy.eval()
 
@@ -185,7 +191,7 @@ def _policy_class(content: dict[str, Any], path: Path) -> type[Policy]:
 def _check_overrides(config_class: type[PolicyConfig], overrides: Mapping[str, Any]) -> None:
     known = [f.name for f in fields(config_class)]
     for name, value in overrides.items():
-        if name in PROCESSOR_FIELDS:
+        if name in TABLES:
             _check_table(name, value)
         if name in FETCHING_FIELDS:
             raise ValueError(

@@ -255,7 +255,9 @@ class Tokenize(Step):
         return self.tokenizer is not None and self.tokenizer is not self._loaded
 
     def _place(self) -> str | None:
-        return self.tokenizer_name if self._folder is None else str(self._folder / self.FOLDER)
+        if self._folder is None or self.tokenizer_name != self.FOLDER:
+            return self.tokenizer_name
+        return str(kept_in(self._folder, self.FOLDER))
 
     def to_json(self) -> dict[str, Any]:
         """LeRobot's settings; a tokenizer given as an object gets the name of its folder."""
@@ -278,12 +280,22 @@ class Tokenize(Step):
         elif self._given:
             self.tokenizer.save_pretrained(target)
         elif self._folder is not None and self._folder.resolve() != folder.resolve():
-            shutil.copytree(self._folder / self.FOLDER, target, dirs_exist_ok=True)
+            shutil.copytree(kept_in(self._folder, self.FOLDER), target, dirs_exist_ok=True)
 
     def find_files(self, folder: Path) -> None:
-        """The name "tokenizer" means the folder inside the checkpoint's, when there is one."""
-        if self.tokenizer_name == self.FOLDER and (folder / self.FOLDER).is_dir():
+        """The name "tokenizer" means the folder inside the checkpoint's."""
+        if self.tokenizer_name == self.FOLDER:
             self._folder = folder
+
+
+def kept_in(checkpoint: Path, name: str) -> Path:
+    """The folder in which a checkpoint keeps a tokenizer. FileNotFoundError when it is not there."""
+    if not (checkpoint / name).is_dir():
+        raise FileNotFoundError(
+            f"there is no folder '{name}' in {checkpoint}, in which this checkpoint keeps its tokenizer: "
+            "copy the checkpoint whole, or set `step.tokenizer` (of π0-FAST: call `policy.use_tokenizers`)"
+        )
+    return checkpoint / name
 
 
 WHOLE = 1_000_000  # tokens; longer than any text
@@ -303,8 +315,8 @@ def load_tokenizer(name: str | None) -> Any:
         raise FileNotFoundError(
             f"the tokenizer '{name}' could not be loaded ({str(error).splitlines()[0]}); expected a folder "
             "or a hub repository within reach. If it is gated, accept its licence on its hub page and run "
-            "`hf auth login`; without a network, download it once and give the folder's path as "
-            "`tokenizer_name`."
+            "`hf auth login`; without a network, download it once and set `step.tokenizer` (of π0-FAST: call "
+            "`policy.use_tokenizers`) to the tokenizer loaded from there."
         ) from error
 
 

@@ -33,6 +33,7 @@ from minivla import recorder
 from minivla.nn.attention import attend
 
 ACTIVATIONS = {"gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
+SHARED = ("layers", "heads", "kv_heads", "head_dim", "rope_base", "rope_rounds")  # by all streams
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, (B, 1, L, head_dim) each
 
 
@@ -252,14 +253,7 @@ class Decoder(nn.Module):
 
     def __init__(self, streams: dict[str, DecoderConfig]) -> None:
         super().__init__()
-        shapes = {
-            (c.layers, c.heads, c.kv_heads, c.head_dim, c.rope_base, c.rope_rounds) for c in streams.values()
-        }
-        if len(shapes) != 1:
-            raise ValueError(
-                "streams share one attention: layers, heads, kv_heads, head_dim, rope_base must agree; got "
-                f"{sorted(shapes)}"
-            )
+        _expect_to_fit(streams)
         self.config = next(iter(streams.values()))
         self.streams = nn.ModuleDict({name: Stream(config) for name, config in streams.items()})
         self.checkpointing = False
@@ -287,10 +281,11 @@ class Decoder(nn.Module):
 
         mask (B, Q, K) bool, True = may look: Q all tokens given, K those in the cache before them.
         positions (B, Q) int; conditions (B, C) for streams with adaptive norms; `keep` adds the new keys and
-        values to the cache, without it they are forgotten. `outcome`: the streams whose outcome is wanted; in
-        the last layer the others only lend their keys and values. Returns them after the last norm.
+        values to the cache, without it they are forgotten. `outcome`: the streams whose outcome is wanted, in
+        any order; in the last layer the others only lend their keys and values. Returns them after the last
+        norm, in the order of `tokens`. Raises ValueError for an outcome that is not among these.
         """
-        wanted = tuple(tokens if outcome is None or recorder.current() is not None else outcome)
+        wanted = _wanted(tokens, outcome)
         tokens = {n: recorder.enter(n, x.to(self.stream(n).dtype)) for n, x in tokens.items()}
         dtype = next(iter(tokens.values())).dtype
         c = self.config
@@ -327,7 +322,8 @@ class Decoder(nn.Module):
     ) -> dict[str, Tensor]:
         """Layer i: every stream projects, all look at all they may, every stream goes on by itself.
 
-        Only the streams `asking` have queries, and come out. tokens (B, L, D) by name, in and out.
+        Only the streams `asking`, in sequence order, have queries, and come out. tokens (B, L, D) by name, in
+        and out.
         """
         layers = {name: self.stream(name).layer(i) for name in tokens}
         turns = dict(zip(tokens, _split(joint.turn, tokens), strict=True))
@@ -349,6 +345,30 @@ class Decoder(nn.Module):
         for name, x in out.items():
             recorder.keep(f"{name}.{i}", x)
         return out
+
+
+def _expect_to_fit(streams: dict[str, DecoderConfig]) -> None:
+    """Raises ValueError unless there are streams, and all have the same attention."""
+    if len({tuple(getattr(c, part) for part in SHARED) for c in streams.values()}) == 1:
+        return
+    told = [
+        f"{name}: " + ", ".join(f"{part}={getattr(c, part)}" for part in SHARED)
+        for name, c in streams.items()
+    ]
+    raise ValueError(
+        f"streams share one attention: {', '.join(SHARED)} must agree; got {'; '.join(told) or 'no stream'}"
+    )
+
+
+def _wanted(tokens: dict[str, Tensor], outcome: Sequence[str] | None) -> tuple[str, ...]:
+    """The streams that `outcome` asks for, in the mask's order; all for None, and while a trace is on."""
+    if unknown := [name for name in outcome or () if name not in tokens]:
+        raise ValueError(
+            f"outcome names {', '.join(map(repr, unknown))}, expected some of {', '.join(map(repr, tokens))}"
+        )
+    if outcome is None or recorder.current() is not None:
+        return tuple(tokens)
+    return tuple(name for name in tokens if name in outcome)
 
 
 def _split(turn: Rotation, tokens: dict[str, Tensor]) -> list[Rotation]:

@@ -102,9 +102,19 @@ class PaliGemma(nn.Module):
         return out
 
     def embed_words(self, ids: Tensor) -> Tensor:
-        """Token ids (B, L) to tokens (B, L, D), their table rows times √D, rounded to the table's type."""
+        """Token ids (B, L) to tokens (B, L, D), their table rows times √D, rounded to the table's type.
+
+        Raises ValueError, on the CPU, for an id that the table has no row for.
+        """
         table = self.embedding.weight
-        return self.embedding(ids) * torch.tensor(table.shape[1] ** 0.5).to(table)
+        try:
+            rows = self.embedding(ids)
+        except IndexError as error:
+            raise ValueError(
+                f"token ids go from {ids.min()} to {ids.max()}, and the table has {len(table)} words: is the "
+                "tokenizer this policy's? Else make vocab_size as large as the tokenizer"
+            ) from error
+        return rows * torch.tensor(table.shape[1] ** 0.5).to(table)
 
     def embed_prefix(self, images: Mapping[str, Tensor | None], ids: Tensor, valid: Tensor) -> Prefix:
         """All cameras, then the prompt.

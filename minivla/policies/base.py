@@ -11,7 +11,7 @@ import json
 import re
 import warnings
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -102,6 +102,9 @@ class PolicyConfig:
     def action_delta_indices(self) -> list[int]:
         """Which actions, relative to now, a training item holds."""
         raise NotImplementedError
+
+    def follow(self, steps: Iterable[Any], changed: Collection[str]) -> None:
+        """Let stored steps do as this config says where `changed` fields were overridden; here: nothing."""
 
     def unusual(self) -> dict[str, Any]:
         """The minivla-only fields that are not at their defaults; with none, LeRobot reads the folder."""

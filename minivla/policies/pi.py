@@ -41,7 +41,7 @@ from minivla.nn.decoder import Cache, DecoderConfig, valid_positions
 from minivla.nn.masks import segment_mask
 from minivla.nn.paligemma import PALIGEMMA_NAMES, PaliGemma, Prefix
 from minivla.nn.positions import sine_time
-from minivla.policies.base import AnyStats, Batch, Draw, Policy, PolicyConfig, Rng, group
+from minivla.policies.base import AnyStats, Batch, Draw, Policy, PolicyConfig, Rng
 from minivla.policies.vla import (
     EMBEDDING,
     EXPERT_HEAD,
@@ -51,9 +51,12 @@ from minivla.policies.vla import (
     before_tokens,
     clean,
     compile_decoder,
+    expect_key,
     freeze,
+    keeps_padding,
     look,
     modern_name,
+    one_group,
     pad,
     prompt,
     relative_steps,
@@ -101,6 +104,10 @@ class PI0Config(VLAConfig):
     expert_size: dict[str, Any] = field(default_factory=dict)
     noise_draws: int = 1
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.expect_least(noise_draws=1, num_inference_steps=1)
+
     @property
     def expert(self) -> DecoderConfig:
         """The action expert's shape."""
@@ -109,10 +116,13 @@ class PI0Config(VLAConfig):
     def arrange_steps(self, before: list[Step], after: list[Step]) -> tuple[list[Step], list[Step]]:
         """The instruction ends with a new line, and becomes tokens, before anything is scaled."""
         first, device, scale = before_tokens(before)
-        openpi = self.upstream == "openpi"
-        text = [NewLine(cleaned=openpi), tokenize(self, ending="\n" if openpi else "")]
         relative, absolute = relative_steps(self)
-        return [*first, *text, *device, relative, scale], [after[0], absolute, *after[1:]]
+        return [*first, *self.text_steps(), *device, relative, scale], [after[0], absolute, *after[1:]]
+
+    def text_steps(self) -> list[Step]:
+        """The prompt, and its tokens."""
+        openpi = self.upstream == "openpi"
+        return [NewLine(cleaned=openpi), tokenize(self, ending="\n" if openpi else "")]
 
 
 @dataclass
@@ -134,8 +144,11 @@ class PI05Config(PI0Config):
         """The state is scaled first, then written into the prompt."""
         first, device, scale = before_tokens(before)
         relative, absolute = relative_steps(self)
-        text = [StatePrompt(max_state_dim=self.max_state_dim), tokenize(self)]
-        return [*first, relative, scale, *text, *device], [after[0], absolute, *after[1:]]
+        return [*first, relative, scale, *self.text_steps(), *device], [after[0], absolute, *after[1:]]
+
+    def text_steps(self) -> list[Step]:
+        """The prompt with the state in it, and its tokens."""
+        return [StatePrompt(max_state_dim=self.max_state_dim), tokenize(self)]
 
 
 @register
@@ -254,10 +267,7 @@ class PI0(Policy):
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
         """One group, with upstream's betas."""
-        c = self.config
-        trainable = (p for p in self.parameters() if p.requires_grad)
-        adam = {"betas": c.optimizer_betas, "eps": c.optimizer_eps}
-        return [group(trainable, c.optimizer_lr, c.optimizer_weight_decay) | adam]
+        return [one_group(self)]
 
     def forward(
         self, batch: Batch, *, noise: Draw = None, time: Draw = None, generator: Rng = None
@@ -267,13 +277,19 @@ class PI0(Policy):
         noise (B, H, max_action_dim), time (B,) in [0, 1], 1 = noise; drawn if not given. With `upstream`
         "openpi" the padded dimensions count too. Steps that are padding (`action_is_pad`) count, as upstream.
         With several `noise_draws` B counts these, sample by sample: what is seen is looked at once for all.
-        Given ones may be of any such number. Raises ValueError for a B that is no multiple of the samples.
+        Given ones may be of any such number. Raises KeyError for a batch without an action, ValueError for
+        shapes that do not fit and times out of range.
         """
-        c, draws = self.config, self._draws(len(batch[ACTION]), time if noise is None else noise)
-        action = pad(batch[ACTION], c.max_action_dim, ACTION).to(self.action_in_proj.weight.dtype)
+        c, action = self.config, pad(expect_key(batch, ACTION), self.config.max_action_dim, ACTION)
+        self._expect_chunk(ACTION, action)
+        draws = self._draws(len(action), time if noise is None else noise)
+        action = action.to(self.action_in_proj.weight.dtype)
         action, state = (x.repeat_interleave(draws, dim=0) for x in (action, self.state(batch)))
-        noise = flow.draw_noise(action.shape, action, generator) if noise is None else noise
-        time = self.draw_time(len(action), generator).to(action) if time is None else time
+        noise = flow.draw_noise(action.shape, action, generator) if noise is None else noise.to(action)
+        self._expect_chunk("noise", noise, len(action))
+        if time is not None:
+            _expect_times(time, len(action))
+        time = (self.draw_time(len(action), generator) if time is None else time).to(action)
         x = flow.interpolate(action, noise, time, flow.PI)
         target = flow.velocity_target(action, noise, flow.PI)
         velocity = self.velocity(self._joint(self.embed_prefix(batch), self.embed_suffix(state, x, time)))
@@ -282,7 +298,8 @@ class PI0(Policy):
             recorder.keep(name, self.real(value))
         error = F.mse_loss(velocity, target, reduction="none")
         error = error if c.upstream == "openpi" else self.real(error)
-        return error.mean(), {}
+        loss = error.mean()
+        return loss, {"loss": loss.item()}
 
     def _draws(self, samples: int, given: Tensor | None) -> int:
         """How many noises and times there are for each sample: the config's number, or as many as given."""
@@ -295,6 +312,15 @@ class PI0(Policy):
             )
         return len(given) // samples
 
+    def _expect_chunk(self, name: str, chunk: Tensor, samples: int | None = None) -> None:
+        """Raises ValueError unless a chunk is (samples, H, max_action_dim)."""
+        c = self.config
+        shape = (len(chunk) if samples is None else samples, c.chunk_size, c.max_action_dim)
+        if tuple(chunk.shape) != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(chunk.shape)}, expected {shape}: (B, chunk_size, max_action_dim)"
+            )
+
     def _joint(self, prefix: Prefix, suffix: Suffix) -> Tensor:
         """The suffix's last hidden states (B, L, D), beside its prefix or, n to one, behind what it left."""
         decoder, n = self.paligemma.decoder, len(suffix.tokens) // len(prefix.tokens)
@@ -302,19 +328,21 @@ class PI0(Policy):
         both, conditions = {"prefix": prefix.tokens, "suffix": suffix.tokens}, _conditions(suffix)
         if n == 1:
             return decoder(both, mask, positions, conditions=conditions, outcome=("suffix",))["suffix"]
-        cache, length = Cache(), prefix.tokens.shape[1]
-        decoder(
-            {"prefix": prefix.tokens},
-            mask[:, :length, :length],
-            positions[:, :length],
-            cache=cache,
-            outcome=(),
-        )
+        cache, length = self._remembered(prefix, mask, positions), prefix.tokens.shape[1]
         again = Cache(*([x.repeat_interleave(n, dim=0) for x in kept] for kept in (cache.keys, cache.values)))
         mask, positions = (x[:, length:].repeat_interleave(n, dim=0) for x in (mask, positions))
         return decoder(
             {"suffix": suffix.tokens}, mask, positions, conditions=conditions, cache=again, keep=False
         )["suffix"]
+
+    def _remembered(self, prefix: Prefix, mask: Tensor, positions: Tensor) -> Cache:
+        """The prefix's keys and values; mask and positions are those of all, prefix and suffix."""
+        cache, length = Cache(), prefix.tokens.shape[1]
+        self.paligemma.decoder(
+            {"prefix": prefix.tokens}, mask[:, :length, :length], positions[:, :length],
+            cache=cache, outcome=(),
+        )  # fmt: skip
+        return cache
 
     @torch.no_grad()
     def predict_action_chunk(
@@ -332,7 +360,8 @@ class PI0(Policy):
 
         The last three are LeRobot's arguments of real-time chunking: control steps that pass while this runs,
         what is left of the chunk before (B, ≤ H, A), and how far to keep to it (`minivla.actions.realtime`).
-        Raises ValueError for fewer than one step.
+        Without an `rtc_config`, or where it is not enabled, they have no effect, as upstream. Raises
+        ValueError for fewer than one step and for noise of another shape.
         """
         self.eval()
         c = self.config
@@ -340,16 +369,10 @@ class PI0(Policy):
         if noise is None:
             shape = (len(prefix.tokens), c.chunk_size, c.max_action_dim)
             noise = flow.draw_noise(shape, self.action_in_proj.weight, generator)
+        self._expect_chunk("noise", noise := noise.to(self.action_in_proj.weight), len(prefix.tokens))
         recorder.keep("noise", noise)
         mask, positions = self.lay_out(prefix, self.embed_suffix(state, noise, noise.new_ones(1)))
-        cache, length = Cache(), prefix.tokens.shape[1]
-        self.paligemma.decoder(
-            {"prefix": prefix.tokens},
-            mask[:, :length, :length],
-            positions[:, :length],
-            cache=cache,
-            outcome=(),
-        )
+        cache, length = self._remembered(prefix, mask, positions), prefix.tokens.shape[1]
         if c.compile_model:  # a CUDA graph that runs again writes over what it once gave
             cache = Cache(*([x.clone() for x in kept] for kept in (cache.keys, cache.values)))
 
@@ -363,11 +386,11 @@ class PI0(Policy):
             return self.velocity(out["suffix"])
 
         field: flow.Field = velocity
-        if c.rtc_config is not None and RTCConfig(**c.rtc_config).enabled:
-            delay, rtc = inference_delay or 0, RTCConfig(**c.rtc_config)
+        if c.rtc_config is not None:
             field = guide(
-                velocity, prev_chunk_left_over, delay, rtc, flow.PI, execution_horizon=execution_horizon
-            )
+                velocity, prev_chunk_left_over, inference_delay or 0, RTCConfig.from_json(c.rtc_config),
+                flow.PI, execution_horizon=execution_horizon,
+            )  # fmt: skip
         chunk = flow.euler(field, noise, c.num_inference_steps if steps is None else steps, flow.PI)
         if (call := recorder.current()) is not None and call.flow is not None:
             call.flow = replace(call.flow, x=self.real(call.flow.x), v=self.real(call.flow.v))
@@ -376,12 +399,11 @@ class PI0(Policy):
     def embed_prefix(self, batch: Batch) -> Prefix:
         """What is seen and read; a trace is shown the padding too, which nobody looks at."""
         prefix = self.paligemma.embed_prefix(look(self.config, batch), *prompt(batch))
-        whole = recorder.current() is not None or self.config.compile_model  # compiled code wants one shape
-        return prefix if whole else prefix.without_padding()
+        return prefix if keeps_padding(self.config) else prefix.without_padding()
 
     def state(self, batch: Batch) -> Tensor:
         """The robot's state, padded (B, max_state_dim)."""
-        return pad(batch[OBS_STATE], self.config.max_state_dim, OBS_STATE)
+        return pad(expect_key(batch, OBS_STATE), self.config.max_state_dim, OBS_STATE)
 
     def embed_suffix(self, state: Tensor, noisy: Tensor, time: Tensor) -> Suffix:
         """State, noisy chunk (B, H, max_action_dim), time (B,) or (1,) as tokens (B, 1 + H, D)."""
@@ -466,6 +488,14 @@ class PI05(PI0):
         recorder.keep("condition", condition)
         tokens = self.action_in_proj(noisy.to(self.action_in_proj.weight.dtype))
         return Suffix(tokens, [self._chunk_segment(block=1)], condition)
+
+
+def _expect_times(time: Tensor, samples: int) -> None:
+    if tuple(time.shape) != (samples,) or ((time < 0) | (time > 1)).any():
+        raise ValueError(
+            f"time has shape {tuple(time.shape)} and lies in [{time.min():.3g}, {time.max():.3g}], expected "
+            f"({samples},), a number in [0, 1] for each row of noise"
+        )
 
 
 def _conditions(suffix: Suffix) -> dict[str, Tensor]:

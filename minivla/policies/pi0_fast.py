@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,11 +36,11 @@ from minivla import recorder
 from minivla.actions.fast import FastTokenizer
 from minivla.actions.sentences import OPENING, PAD, Marks, Sentences
 from minivla.data.features import ACTION, MissingKey, NormalizationMode
-from minivla.data.steps import Step, Tokenize, load_tokenizer, register
+from minivla.data.steps import Step, Tokenize, kept_in, load_tokenizer, register
 from minivla.nn.decoder import Cache, valid_positions
 from minivla.nn.masks import segment_mask
 from minivla.nn.paligemma import PALIGEMMA_NAMES, VOCABULARY, PaliGemma, Prefix
-from minivla.policies.base import AnyStats, Batch, Draw, Policy, PolicyConfig, Rng, group
+from minivla.policies.base import AnyStats, Batch, Draw, Policy, PolicyConfig, Rng
 from minivla.policies.vla import (
     EMBEDDING,
     LM_HEAD,
@@ -49,8 +49,10 @@ from minivla.policies.vla import (
     VLAConfig,
     before_tokens,
     compile_decoder,
+    keeps_padding,
     look,
     modern_name,
+    one_group,
     prompt,
     relative_steps,
     set_precision,
@@ -96,21 +98,28 @@ class PI0FastConfig(VLAConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        least = {"temperature": 0, "fast_skip_tokens": 0, "max_decoding_steps": 1, "max_action_tokens": 1}
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected {low} or more")
+        self.expect_least(temperature=0, fast_skip_tokens=0, max_decoding_steps=1, max_action_tokens=1)
+        if self.upstream == "lerobot" and self.n_action_steps != self.chunk_size:
+            warnings.warn(
+                f"n_action_steps is {self.n_action_steps} and chunk_size {self.chunk_size}: LeRobot's "
+                "π0-FAST reads what was said as n_action_steps actions, whatever it was taught to say. Make "
+                "the two equal",
+                stacklevel=4,
+            )
 
     def arrange_steps(self, before: list[Step], after: list[Step]) -> tuple[list[Step], list[Step]]:
         """State and action are scaled first, then written as words."""
         first, device, scale = before_tokens(before)
-        words: list[Step] = [
+        relative, absolute = relative_steps(self)
+        return [*first, relative, scale, *self.text_steps(), *device], [after[0], absolute, *after[1:]]
+
+    def text_steps(self) -> list[Step]:
+        """Prompt, its tokens, and the chunk's."""
+        return [
             FastPrompt(max_state_dim=self.max_state_dim, openpi=self.upstream == "openpi"),
             Tokenize(self.text_tokenizer_name, max_length=self.tokenizer_max_length),
             self.action_words(),
         ]
-        relative, absolute = relative_steps(self)
-        return [*first, relative, scale, *words, *device], [after[0], absolute, *after[1:]]
 
     def action_words(self) -> TokenizeActions:
         """The step that writes chunks as words, and reads them."""
@@ -206,8 +215,7 @@ class TokenizeActions(Step):
         return Sentences(self._fast, marks, self.vocab_size, self.fast_skip_tokens, self.openpi)
 
     def _place(self, name: str, folder: str) -> str:
-        inside = self._folder / folder
-        return str(inside) if name == folder and inside.is_dir() else name
+        return str(kept_in(self._folder, folder)) if name == folder else name
 
     def describe(self) -> list[str]:
         """One line."""
@@ -268,10 +276,7 @@ class PI0Fast(Policy):
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
         """One group, with upstream's betas."""
-        c = self.config
-        trainable = (p for p in self.parameters() if p.requires_grad)
-        adam = {"betas": c.optimizer_betas, "eps": c.optimizer_eps}
-        return [group(trainable, c.optimizer_lr, c.optimizer_weight_decay) | adam]
+        return [one_group(self)]
 
     def reset(self) -> None:
         """As `Policy.reset`; the last chunk is forgotten too."""
@@ -286,8 +291,7 @@ class PI0Fast(Policy):
     @property
     def sentences(self) -> Sentences:
         """What writes chunks as words and reads them: the preprocessor's, or one of our own."""
-        found = (step for step in self._steps() if isinstance(step, TokenizeActions))
-        return replace(next(found).sentences, skip=self.config.fast_skip_tokens)
+        return next(step for step in self._steps() if isinstance(step, TokenizeActions)).sentences
 
     def _steps(self) -> list[Step]:
         return [*(self.preprocessor.steps if self.preprocessor else ()), self._own_words]
@@ -325,7 +329,7 @@ class PI0Fast(Policy):
         error = F.cross_entropy(classes, ids, reduction="none")
         over = 1 if self.openpi else (0, 1)
         loss = ((error * valid).sum(over) / valid.sum(over).clamp(min=1)).mean()
-        return loss, {"loss": loss.item(), "ce_loss": loss.item()}
+        return loss, dict.fromkeys(("loss", "ce_loss"), loss.item())
 
     def _said(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The actions' words (B, L) and which are real (B, L), without places that nobody fills."""
@@ -335,7 +339,7 @@ class PI0Fast(Policy):
                 f"policy.preprocess(raw), with raw['{ACTION}'] (B, {self.config.chunk_size}, A)"
             )
         ids, valid = batch[ACTION_TOKENS], batch[ACTION_TOKEN_MASK]
-        size = ids.shape[1] if self._whole else max(2, int(valid.sum(dim=1).max()))
+        size = ids.shape[1] if keeps_padding(self.config) else max(2, int(valid.sum(dim=1).max()))
         return ids[:, :size], valid[:, :size]
 
     @torch.no_grad()
@@ -422,12 +426,7 @@ class PI0Fast(Policy):
                 F.pad(valid, (0, 1), value=True),
             )
         prefix = self.paligemma.embed_prefix(images, ids, valid)
-        return prefix if self._whole else prefix.without_padding()
-
-    @property
-    def _whole(self) -> bool:
-        """A trace is shown the padding too; compiled code wants one shape."""
-        return recorder.current() is not None or self.config.compile_model
+        return prefix if keeps_padding(self.config) else prefix.without_padding()
 
     def _segments(self, prefix: Prefix, words: int) -> list[Segment]:
         return arrange([*prefix.segments, Segment("action tokens", "action", words, block=1, rule="causal")])

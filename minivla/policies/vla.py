@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minivla import recorder
 from minivla.actions.flow import expect_one_of
+from minivla.actions.realtime import RTCConfig
 from minivla.data.features import (
     ACTION,
     OBS_IMAGES,
@@ -33,7 +35,7 @@ from minivla.nn.decoder import DecoderConfig
 from minivla.nn.images import resize_with_pad
 from minivla.nn.paligemma import VARIANTS, VOCABULARY, PaliGemma
 from minivla.nn.vit import ViTConfig
-from minivla.policies.base import Batch, PolicyConfig
+from minivla.policies.base import Batch, Policy, PolicyConfig, group
 
 STATE_BINS = 256
 UPSTREAMS = ("lerobot", "openpi")
@@ -57,8 +59,8 @@ class VLAConfig(PolicyConfig):
     optimizer_…, scheduler_…: how upstream trains
 
     Only in minivla: vision_size, language_size, vocab_size replace numbers of the variant, for small worlds;
-    compact_vision puts a few convolutions in SigLIP's place, tokenizer_name another tokenizer; `upstream`
-    says whose side to take where LeRobot and openpi differ.
+    compact_vision puts a few convolutions in SigLIP's place; `upstream` says whose side to take where LeRobot
+    and openpi differ.
 
     Raises ValueError for an unknown variant or type, and for settings that contradict each other.
     """
@@ -110,10 +112,24 @@ class VLAConfig(PolicyConfig):
             )
         if self.image_resolution[0] != self.image_resolution[1]:
             raise ValueError(f"image_resolution is {self.image_resolution}; SigLIP expects a square")
+        if self.vision_size.get("image_size", self.image_resolution[0]) != self.image_resolution[0]:
+            raise ValueError(
+                f"vision_size has image_size {self.vision_size['image_size']}, image_resolution is "
+                f"{self.image_resolution}; leave image_size out, it follows"
+            )
+        if self.rtc_config is not None:
+            RTCConfig.from_json(self.rtc_config)
         self._add_features()
+
+    def expect_least(self, **least: float) -> None:
+        """Raises ValueError for a field below the number given."""
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected {low} or more")
 
     def _add_features(self) -> None:
         """Empty cameras; and, as upstream, a state and an action of the full width where none is told."""
+        self.input_features, self.output_features = dict(self.input_features), dict(self.output_features)
         for i in range(self.empty_cameras):
             shape = (3, *self.image_resolution)
             self.input_features.setdefault(
@@ -121,16 +137,26 @@ class VLAConfig(PolicyConfig):
             )
         self.input_features.setdefault(OBS_STATE, PolicyFeature(FeatureType.STATE, (self.max_state_dim,)))
         self.output_features.setdefault(ACTION, PolicyFeature(FeatureType.ACTION, (self.max_action_dim,)))
-        for features, most in (
-            ({OBS_STATE: self.input_features[OBS_STATE]}, self.max_state_dim),
-            ({ACTION: self.output_features[ACTION]}, self.max_action_dim),
-        ):
-            for key, feature in features.items():
-                if feature.shape[0] > most:
-                    raise ValueError(
-                        f"{key} has {feature.shape[0]} numbers, the policy takes {most} at most; raise "
-                        f"max_{'action' if key == ACTION else 'state'}_dim (published weights have 32)"
-                    )
+        expect_room(OBS_STATE, self.input_features[OBS_STATE].shape[0], self.max_state_dim)
+        expect_room(ACTION, self.output_features[ACTION].shape[0], self.max_action_dim)
+
+    def text_steps(self) -> list[Step]:
+        """What makes tokens of an instruction, freshly made."""
+        raise NotImplementedError
+
+    def follow(self, steps: Iterable[Step], changed: Collection[str]) -> None:
+        """Let stored steps of text do as this config says where `changed` fields were overridden; and where
+        LeRobot's files do not say it at all."""
+        fresh = {step.registry_name: step for step in self.text_steps()}
+        wanted = {"fast_skip_tokens", *changed} & STEP_FIELDS.keys()
+        places = [
+            (step, attribute)
+            for step in steps
+            for name in wanted
+            for attribute in STEP_FIELDS[name].get(step.registry_name, ())
+        ]
+        for step, attribute in places:
+            setattr(step, attribute, getattr(fresh[step.registry_name], attribute))
 
     @classmethod
     def modernise(cls, content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -157,7 +183,7 @@ class VLAConfig(PolicyConfig):
     @property
     def vision(self) -> ViTConfig:
         """SigLIP's shape."""
-        return replace(ViTConfig(image_size=self.image_resolution[0]), **self.vision_size)
+        return resized(ViTConfig(image_size=self.image_resolution[0]), self.vision_size)
 
     @property
     def language(self) -> DecoderConfig:
@@ -166,8 +192,34 @@ class VLAConfig(PolicyConfig):
 
     def decoder(self, variant: str, size: dict[str, Any]) -> DecoderConfig:
         """The shape of a variant, with some numbers replaced, and LeRobot's slip in bfloat16."""
-        return replace(VARIANTS[variant], rope_rounds=self.upstream == "lerobot", **size)
+        return replace(resized(VARIANTS[variant], size), rope_rounds=self.upstream == "lerobot")
 
+
+def resized[Shape: (ViTConfig, DecoderConfig)](shape: Shape, size: Mapping[str, Any]) -> Shape:
+    """A network's shape with some numbers replaced. Raises ValueError for one that it does not have."""
+    known = [f.name for f in fields(shape)]
+    if unknown := [name for name in size if name not in known]:
+        raise ValueError(f"a size names {', '.join(unknown)}; expected some of {', '.join(known)}")
+    return replace(shape, **size)
+
+
+# What a stored step must be told when a field is overridden: its attributes, by its name in files.
+STEP_FIELDS: dict[str, dict[str, tuple[str, ...]]] = {
+    "tokenizer_max_length": {"tokenizer_processor": ("max_length",)},
+    "upstream": {
+        "pi0_new_line_processor": ("cleaned",),
+        "tokenizer_processor": ("ending",),
+        "pi0_fast_prepare_state_tokenizer_processor_step": ("openpi",),
+        "action_tokenizer_processor": ("openpi",),
+    },
+    "max_action_tokens": {"action_tokenizer_processor": ("max_action_tokens",)},
+    "fast_skip_tokens": {"action_tokenizer_processor": ("fast_skip_tokens",)},
+    "text_tokenizer_name": {
+        "tokenizer_processor": ("tokenizer_name",),
+        "action_tokenizer_processor": ("paligemma_tokenizer_name",),
+    },
+    "action_tokenizer_name": {"action_tokenizer_processor": ("action_tokenizer_name",)},
+}
 
 # --- what files call it ------------------------------------------------------------------------------------
 
@@ -238,21 +290,35 @@ def _warn_of_padding(content: Mapping[str, Any]) -> None:
 def look(config: VLAConfig, batch: Batch, *, absent_is: str = "masked") -> dict[str, Tensor | None]:
     """The cameras' images (B, 3, h, w) in [-1, 1] and of SigLIP's size; None for one the batch lacks.
 
-    Warns of an absent camera, once in a process, unless it is one of the `empty_cameras`; the warning says
-    that what stands for it `absent_is`. Raises ValueError when all are absent.
+    Warns of an absent camera, once for each policy, unless it is one of the `empty_cameras`; the warning says
+    that what stands for it `absent_is`. Raises ValueError when all are absent, and when one is and the batch
+    has another that the policy does not know.
     """
     images = {camera: batch.get(camera) for camera in config.image_features}
     absent = [camera for camera, image in images.items() if image is None]
+    dark = [camera for camera in absent if ".empty_camera_" not in camera]
+    unknown = [
+        key
+        for key in batch
+        if key.startswith(f"{OBS_IMAGES}.") and not key.endswith("_is_pad") and key not in images
+    ]
     if len(absent) == len(images):
         raise ValueError(
             f"the batch has {', '.join(batch)} and none of the policy's cameras "
             f"({', '.join(images) or 'it has none'}); at least one is needed: rename yours, or list it in "
             "input_features"
         )
-    if dark := [camera for camera in absent if ".empty_camera_" not in camera]:
+    if dark and unknown:
+        raise ValueError(
+            f"the batch has {', '.join(unknown)}, which the policy does not know, and no {', '.join(dark)}: "
+            "rename yours (policy.preprocessor.rename_map.update({yours: the policy's})), or take it out of "
+            "the batch"
+        )
+    if dark:
         _warn_once(
+            config,
             f"no {', '.join(dark)} in the batch: its picture is {absent_is}. If it should be there, rename "
-            "the one you have"
+            "the one you have",
         )
     return {
         camera: None if image is None else resize_with_pad(image, *config.image_resolution) * 2 - 1
@@ -260,12 +326,10 @@ def look(config: VLAConfig, batch: Batch, *, absent_is: str = "masked") -> dict[
     }
 
 
-_warned: set[str] = set()
-
-
-def _warn_once(message: str) -> None:
-    if message not in _warned:
-        _warned.add(message)
+def _warn_once(config: VLAConfig, message: str) -> None:
+    told = vars(config).setdefault("_told", set())  # no field: it is not saved, and not compared
+    if message not in told:
+        told.add(message)
         warnings.warn(message, stacklevel=4)
 
 
@@ -282,9 +346,28 @@ def prompt(batch: Batch) -> tuple[Tensor, Tensor]:
 
 def pad(vector: Tensor, size: int, name: str) -> Tensor:
     """Zeros behind a vector (…, n) up to (…, size). Raises ValueError when it is longer."""
-    if vector.shape[-1] > size:
-        raise ValueError(f"{name} has {vector.shape[-1]} numbers, the policy takes {size} at most")
+    expect_room(name, vector.shape[-1], size)
     return F.pad(vector, (0, size - vector.shape[-1]))
+
+
+def expect_room(key: str, numbers: int, most: int) -> None:
+    """Raises ValueError for a state or an action of more numbers than the policy has room for."""
+    if numbers > most:
+        raise ValueError(
+            f"{key} has {numbers} numbers, the policy takes {most} at most; raise "
+            f"max_{'action' if key == ACTION else 'state'}_dim (published weights have 32)"
+        )
+
+
+def expect_key(batch: Batch, key: str) -> Tensor:
+    """A tensor of the batch. Raises KeyError, saying what there is, without it."""
+    if batch.get(key) is None:
+        raise MissingKey(
+            f"no '{key}' in the batch, which holds {', '.join(batch)}; give policy.preprocess(raw), with "
+            f"raw['{key}']"
+        )
+    value: Tensor = batch[key]
+    return value
 
 
 # --- what is read ------------------------------------------------------------------------------------------
@@ -389,6 +472,19 @@ def compile_decoder(paligemma: PaliGemma, config: VLAConfig, *, graphs: bool) ->
     if config.compile_model:
         mode = config.compile_mode if graphs else plain.get(config.compile_mode, config.compile_mode)
         paligemma.decoder.compile(mode=mode)
+
+
+def keeps_padding(config: VLAConfig) -> bool:
+    """Whether the prompt's padding stays: a trace is shown it, and compiled code wants one shape."""
+    return recorder.current() is not None or config.compile_model
+
+
+def one_group(policy: Policy) -> dict[str, Any]:
+    """All that learns as one group for AdamW, with upstream's betas."""
+    c: Any = policy.config
+    trainable = (p for p in policy.parameters() if p.requires_grad)
+    adam = {"betas": c.optimizer_betas, "eps": c.optimizer_eps}
+    return group(trainable, c.optimizer_lr, c.optimizer_weight_decay) | adam
 
 
 def freeze(paligemma: PaliGemma, *, vision: bool, language: bool) -> None:

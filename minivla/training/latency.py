@@ -13,7 +13,8 @@ the strategy:
 A prediction begins `n_action_steps` after the last began, or when that one is there, if that is later; where
 the robot stands still, after `n_action_steps` actions. An episode's first chunk is there when it begins.
 Sources: Black et al. 2025 (real-time chunking), section 2; LeRobot `policies/rtc/action_queue.py`, whose
-queue drops the actions that came too late in the same way.
+queue drops the actions that came too late in the same way, and `policies/rtc/relative.py`, for actions that
+are relative to the state.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ from torch import Tensor, nn
 
 from minivla.actions.flow import expect_one_of
 from minivla.actions.realtime import smooth
+from minivla.data.features import ACTION, OBS_STATE
+from minivla.data.processors import Pipeline
+from minivla.data.relative import RelativeActions
+from minivla.data.steps import Normalize
 from minivla.training.environments import environments
 from minivla.training.evaluation import Evaluation, evaluate
 from minivla.world.spec import ActionSpec
@@ -128,6 +133,32 @@ def under_delay(
     return Latency(strategy, delay, evaluation, _mean(jerk), _mean(changes[seam]), _mean(changes[~seam]))
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """Normalised actions (B, H, A), and the state (B, S) that they are relative to; None: they are not."""
+
+    actions: Tensor
+    relative_to: Tensor | None
+
+    def after(self, index: int) -> Chunk:
+        """What is left of it from action `index` on."""
+        return Chunk(self.actions[:, index:], self.relative_to)
+
+    def seen_from(self, state: Tensor | None, policy: Policy) -> Tensor:
+        """The actions (B, H, A) as the network would say them of another state (B, S): to robot units, and
+        back by the preprocessor's own steps, which leave the policy relative to `state`.
+
+        Source: LeRobot `policies/rtc/relative.py`, reanchor_relative_rtc_prefix.
+        """
+        before = policy.preprocessor
+        if before is None or self.relative_to is None:
+            return self.actions
+        before.relative_to = self.relative_to
+        absolute = policy.postprocess(self.actions)
+        back = Pipeline([step for step in before.steps if isinstance(step, RelativeActions | Normalize)])
+        return back({OBS_STATE: state, ACTION: absolute})[ACTION].to(self.actions)
+
+
 class DelayedPolicy(nn.Module):
     """A policy whose chunks arrive late, for `minivla.evaluate`.
 
@@ -140,7 +171,9 @@ class DelayedPolicy(nn.Module):
     execution_horizon  where the new chunk is free of the old one, in steps from the prediction's beginning.
                        None: "smooth" uses all that is left of the old chunk, "rtc" the policy's own setting
 
-    `seams` are the steps at which another chunk took over, or standing still began.
+    `seams` are the steps at which another chunk took over, or standing still began. Where actions are
+    relative to the state, `postprocess` adds the one that their chunk was predicted from, as in
+    `Policy.select_action`; "smooth" and "rtc", where two chunks meet, see the old one from that of the new.
     Raises ValueError for numbers out of range and, at the first prediction, for a chunk too short to last
     until the next one is there; for strategies as `expect_strategy`.
     """
@@ -173,49 +206,57 @@ class DelayedPolicy(nn.Module):
         """Forget the episode."""
         self.policy.reset()
         self.step, self.index, self.arrival = 0, 0, 0
-        self.plan = self.last = torch.empty(0)  # the chunk (B, H, A) in progress, normalised; the last action
-        self.pending: Tensor | None = None  # the chunk being thought about, there at step `arrival`
+        self.plan, self.last = Chunk(torch.empty(0), None), torch.empty(0)  # in progress; the last action
+        self.pending: Chunk | None = None  # the chunk being thought about, there at step `arrival`
 
     @torch.no_grad()
     def act(self, raw: Mapping[str, Any]) -> Tensor:
         """One step of control, as `Policy.act`: raw observation in, actions (B, A) in robot units out."""
         batch = self.policy.preprocess(raw, history=False)
+        now = self.preprocessor.relative_to if self.preprocessor else None
         self.policy._remember(batch)
         if self.step == 0:
-            self.plan = self._predict(batch, None)
-            self._expect_to_last(self.plan.shape[1])
+            self.plan = self._predict(batch, now, None)
+            self._expect_to_last(self.plan.actions.shape[1])
         self._receive()
         if self.pending is None and self.index >= self.every:
-            self._begin(batch)
+            self._begin(batch, now)
             self._receive()  # without delay it is there at once
         self.step += 1
         if self.strategy == "synchronous" and self.pending is not None:
             return self.last if self.absolute is None else self.last * self.absolute
-        self.last = self.policy.postprocess(self.plan[:, self.index])
+        if self.preprocessor:
+            self.preprocessor.relative_to = self.plan.relative_to
+        self.last = self.policy.postprocess(self.plan.actions[:, self.index])
         self.index += 1
         return self.last
 
-    def _begin(self, batch: Mapping[str, Any]) -> None:
+    def _begin(self, batch: Mapping[str, Any], now: Tensor | None) -> None:
         """Start to think about the next chunk."""
-        self.pending = self._predict(batch, self.plan[:, self.index :])
+        self.pending = self._predict(batch, now, self.plan.after(self.index))
         self.arrival = self.step + self.delay
         if self.strategy == "synchronous":
             self.seams.add(self.step)
 
-    def _predict(self, batch: Mapping[str, Any], left_over: Tensor | None) -> Tensor:
-        values: Sequence[Any] = (self.delay, left_over, self.execution_horizon)
-        told = dict(zip(GUIDANCE, values, strict=True)) if self.strategy == "rtc" else {}
-        return self.policy.predict_action_chunk(self.policy._with_history(batch), **told)
+    def _predict(self, batch: Mapping[str, Any], now: Tensor | None, old: Chunk | None) -> Chunk:
+        """The next chunk, relative to the state `now` if to any; "rtc" is told what is left of the `old`."""
+        told: dict[str, Any] = {}
+        if self.strategy == "rtc":
+            left_over = None if old is None else old.seen_from(now, self.policy)
+            told = dict(zip(GUIDANCE, (self.delay, left_over, self.execution_horizon), strict=True))
+        return Chunk(self.policy.predict_action_chunk(self.policy._with_history(batch), **told), now)
 
     def _receive(self) -> None:
         """Where a chunk arrives now, it becomes the plan."""
         if self.pending is None or self.step < self.arrival:
             return
-        old, new, self.pending = self.plan[:, self.index :], self.pending, None
+        left, new, self.pending = self.plan.after(self.index), self.pending, None
         self.index = 0 if self.strategy == "synchronous" else self.delay
         if self.strategy == "smooth":
+            old, fresh = left.seen_from(new.relative_to, self.policy), new.actions
             overlap = len(old[0]) if self.execution_horizon is None else self.execution_horizon - self.delay
-            new = torch.cat((new[:, : self.index], smooth(old, new[:, self.index :], max(overlap, 0))), dim=1)
+            mixed = smooth(old, fresh[:, self.index :], max(overlap, 0))
+            new = Chunk(torch.cat((fresh[:, : self.index], mixed), dim=1), new.relative_to)
         self.plan = new
         self.seams.add(self.step)
 

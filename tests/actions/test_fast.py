@@ -516,9 +516,12 @@ def test_language_ids_are_openpis():
 
 
 def test_language_ids_out_of_range_are_refused():
-    with pytest.raises(ValueError, match=r"token 872 of sample 1 is outside 0 … 871"):
+    with pytest.raises(ValueError, match=r"token 872 of sample 1 is outside 0 … 871") as refused:
         to_language_ids([[0], [872]], 1000)
-    with pytest.raises(ValueError, match=r"language id 900 of sample 0 is outside 0 … 871"):
+    assert "vocab_size of at most 872, or another skip than 128" in str(refused.value)
+    assert "strict" not in str(refused.value)  # there is no such thing here
+    assert to_language_ids([[0], [872]], 1000, skip=127) == [[872], [0]]
+    with pytest.raises(ValueError, match=r"language id 900 of sample 0 is outside 0 … 871.*strict=False"):
         from_language_ids([[900]], 1000)
     assert from_language_ids([[900]], 1000, strict=False) == [[-29]]
     assert golden().decode([[-29]], strict=False)[1].item()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -325,6 +326,10 @@ def test_what_does_not_fit_is_refused():
     config, time = RTCConfig(), torch.tensor([0.5])
     with pytest.raises(ValueError, match="delay is -1"):
         guide(field, previous, -1, config, NOISE_LAST)
+    for shape in ((), (SIZE,), (1, BATCH, HORIZON, SIZE)):
+        expected = rf"left-over has shape {re.escape(str(shape))}, expected \(B, K, A\) or \(K, A\)"
+        with pytest.raises(ValueError, match=expected):
+            guide(field, torch.zeros(shape), 0, config, NOISE_LAST)
     with pytest.raises(ValueError, match="expected one of ZEROS"):
         prefix_weights(0, 1, 2, "STEP")
     with pytest.raises(ValueError, match="at least 0"):

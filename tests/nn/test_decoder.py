@@ -5,6 +5,7 @@ perturbation.
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -186,6 +187,31 @@ def test_a_stream_nobody_asks_for_lends_its_keys_and_values_and_does_not_come_ou
         assert all(torch.equal(a, b) for a, b in zip(ours, other, strict=True))
 
 
+def test_the_order_in_which_outcomes_are_asked_for_changes_nothing():
+    model = two_streams()
+    tokens, mask, positions = two_parts()
+    whole = model(tokens, mask, positions)
+    for outcome in (("prefix", "suffix"), ("suffix", "prefix"), ["suffix", "prefix", "suffix"]):
+        asked = model(tokens, mask, positions, outcome=outcome)
+        assert list(asked) == ["prefix", "suffix"]
+        assert all(torch.equal(asked[name], x) for name, x in whole.items())
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_an_outcome_that_is_no_stream_given_is_refused(traced):
+    model = two_streams()
+    tokens, mask, positions = two_parts()
+    for outcome, named in ((("suffix", "sufix"), "'sufix'"), ("suffix", "'s', 'u'")):
+        with (
+            recorder.recording(recorder.Call("forward", {})) if traced else nullcontext(),
+            pytest.raises(ValueError, match=f"outcome names {named}.*expected some of 'prefix', 'suffix'"),
+        ):
+            model(tokens, mask, positions, outcome=outcome)
+    alone = {"prefix": tokens["prefix"]}
+    with pytest.raises(ValueError, match="outcome names 'suffix', expected some of 'prefix'"):
+        model(alone, mask[:, :5, :5], positions[:, :5], outcome=("suffix",))
+
+
 @pytest.mark.parametrize("condition", [0, 7])
 def test_checkpointing_changes_no_gradient(condition):
     model = two_streams(condition=condition).train()
@@ -203,11 +229,24 @@ def test_checkpointing_changes_no_gradient(condition):
 
 
 @pytest.mark.parametrize(
-    "other", [{"layers": 2}, {"heads": 2}, {"kv_heads": 4}, {"head_dim": 4}, {"rope_base": 500.0}]
-)
+    "other",
+    [
+        {"layers": 2}, {"heads": 2}, {"kv_heads": 4}, {"head_dim": 4}, {"rope_base": 500.0},
+        {"rope_rounds": True},
+    ],
+)  # fmt: skip
 def test_streams_that_do_not_fit_are_refused(other):
-    with pytest.raises(ValueError, match="streams share one attention"):
+    with pytest.raises(ValueError, match="streams share one attention") as refused:
         Decoder({"prefix": TINY, "suffix": replace(TINY, **other)})
+    ((name, value),) = other.items()
+    prefix, suffix = str(refused.value).split("suffix: ")
+    assert f"{name}={getattr(TINY, name)}" in prefix.split("prefix: ")[1]
+    assert f"{name}={value}" in suffix
+
+
+def test_a_decoder_without_streams_is_refused():
+    with pytest.raises(ValueError, match="got no stream"):
+        Decoder({})
 
 
 # --- masks -------------------------------------------------------------------------------------------------

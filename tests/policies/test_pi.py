@@ -11,7 +11,6 @@ from torch import Tensor
 
 import minivla
 from minivla.data.features import FeatureType, PolicyFeature
-from minivla.policies import vla
 from minivla.policies.pi import PI0
 from tests.policies.pi_small import (
     CAMERAS,
@@ -145,7 +144,6 @@ def test_padding_changes_nothing_to_the_bit_whether_it_is_left_out_or_masked(fam
 def test_an_absent_camera_is_a_camera_less(family):
     noise, _ = draws()
     policy = tiny_pi(family, ABSENT)
-    vla._warned.clear()
     with pytest.warns(UserWarning, match=r"no observation\.images\.left in the batch"):
         out = policy.predict_action_chunk(make_batch(ABSENT), noise=noise)
     del policy.config.input_features[CAMERAS[1]]
@@ -153,8 +151,7 @@ def test_an_absent_camera_is_a_camera_less(family):
     assert furthest(out, without) < 1e-5
 
 
-def test_an_absent_camera_is_told_once_and_an_empty_one_never(monkeypatch):
-    monkeypatch.setattr(vla, "_warned", set())
+def test_an_absent_camera_is_told_once_and_an_empty_one_never():
     policy = tiny_pi("pi0", ABSENT, empty_cameras=2)
     assert [name for name in policy.config.image_features if "empty" in name] == [
         "observation.images.empty_camera_0",

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 import minivla
+from minivla.data.relative import AbsoluteActions, RelativeActions
 from minivla.training.evaluation import evaluate, wilson
 from minivla.training.latency import (
     STRATEGIES,
+    Chunk,
     DelayedPolicy,
     Latency,
     against_delay,
@@ -21,7 +23,7 @@ from minivla.training.latency import (
     under_delay,
 )
 from minivla.world.spec import ActionSpec
-from tests.training.tiny import ACTION, STATE, Tiny, tiny
+from tests.training.tiny import ACTION, STATE, STATS, Tiny, TinyConfig, tiny
 
 STEPS, HORIZON, EVERY = 12, 8, 3
 
@@ -74,8 +76,35 @@ class Guided(Telling):
         return chunk
 
 
+class RelativeConfig(TinyConfig):
+    """The first number of an action is a difference to the state's first, the second is none."""
+
+    def arrange_steps(self, before, after):
+        step = RelativeActions(True, exclude_joints=["y"], action_names=["x", "y"])
+        return [*before[:-1], step, before[-1]], [after[0], AbsoluteActions(True, step), *after[1:]]
+
+
+MEAN, STD = 3.0, 2.0  # of a relative policy's actions
+
+
+class RelativeTelling(Telling):
+    """The same actions in robot units; what the network says is relative to the state, and normalised."""
+
+    def predict_action_chunk(self, batch, *, noise=None, steps=None, generator=None):
+        chunk = super().predict_action_chunk(batch)
+        chunk[..., 0] -= batch["observation.state"][:, :1]
+        return (chunk - MEAN) / STD
+
+
+class RelativeGuided(Guided, RelativeTelling):
+    """Guided's way with the old chunk, RelativeTelling's actions."""
+
+
 def telling(kind=Telling):
     policy = tiny(chunk_size=HORIZON, n_action_steps=EVERY)
+    if issubclass(kind, RelativeTelling):
+        stats = STATS | {"action": {"mean": torch.full((2,), MEAN), "std": torch.full((2,), STD)}}
+        policy = Tiny(RelativeConfig(**vars(policy.config)), stats)
     policy.__class__, policy.told = kind, []
     return policy
 
@@ -118,6 +147,57 @@ TIMELINES = [
 @pytest.mark.parametrize(("strategy", "delay", "timeline", "seams"), TIMELINES)
 def test_timeline(strategy, delay, timeline, seams):
     assert seen(strategy, delay) == (timeline, seams)
+
+
+@pytest.mark.parametrize(("strategy", "delay", "timeline", "seams"), TIMELINES)
+def test_relative_actions_are_added_to_the_state_their_chunk_was_thought_of_at(
+    strategy, delay, timeline, seams
+):
+    assert seen(strategy, delay, policy=telling(RelativeTelling)) == (timeline, seams)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "delay", "steps"),
+    [("smooth", 0, {}), ("smooth", 2, {}), ("smooth", 2, {"execution_horizon": 4}), ("smooth", 4, {})],
+)
+def test_relative_chunks_are_mixed_as_absolute_ones(strategy, delay, steps):
+    absolute, _ = driven(strategy, delay, **steps)
+    relative, _ = driven(strategy, delay, policy=telling(RelativeTelling), **steps)
+    np.testing.assert_allclose(relative, absolute, atol=1e-5)
+
+
+@pytest.mark.parametrize("delay", [0, 2, 4])
+def test_a_relative_policy_is_told_of_the_old_chunk_as_seen_from_the_new_state(delay):
+    plain, policy = telling(Guided), telling(RelativeGuided)
+    absolute, _ = driven("rtc", delay, policy=plain)
+    relative, _ = driven("rtc", delay, policy=policy)
+    np.testing.assert_allclose(relative, absolute, atol=1e-5)
+    assert [told[1] is None for told in policy.told] == [told[1] is None for told in plain.told]
+    # The first new chunk begins at state 3, where five actions are left: 0.3, …, 0.7; it is 3 too far there.
+    left = plain.told[1][1] - torch.tensor([3.0, 0.0])
+    torch.testing.assert_close(policy.told[1][1], (left - MEAN) / STD)
+
+
+def test_seen_from_another_state_as_in_lerobot():
+    from lerobot.configs.types import FeatureType, NormalizationMode, PolicyFeature
+    from lerobot.policies.rtc.relative import reanchor_relative_rtc_prefix
+    from lerobot.processor import NormalizerProcessorStep, RelativeActionsProcessorStep
+
+    policy, draw = telling(RelativeTelling), torch.Generator().manual_seed(0)
+    chunk, old, new = (torch.randn(2, *shape, generator=draw) for shape in ((5, ACTION), (STATE,), (STATE,)))
+    policy.preprocessor.relative_to = old
+    theirs = reanchor_relative_rtc_prefix(
+        policy.postprocess(chunk), new,
+        RelativeActionsProcessorStep(enabled=True, exclude_joints=["y"], action_names=["x", "y"]),
+        NormalizerProcessorStep(
+            {"action": PolicyFeature(FeatureType.ACTION, (ACTION,))},
+            {FeatureType.ACTION: NormalizationMode.MEAN_STD},
+            policy.preprocessor.stats,
+        ),
+        "cpu",
+    )  # fmt: skip
+    torch.testing.assert_close(Chunk(chunk, old).seen_from(new, policy), theirs)
+    assert torch.equal(Chunk(chunk, None).seen_from(None, telling()), chunk)
 
 
 def test_without_delay_it_is_the_plain_evaluation():
