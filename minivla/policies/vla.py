@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
+import weakref
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
@@ -326,10 +327,15 @@ def look(config: VLAConfig, batch: Batch, *, absent_is: str = "masked") -> dict[
     }
 
 
+_told: dict[int, set[str]] = {}  # by a config's id, as long as it lives
+
+
 def _warn_once(config: VLAConfig, message: str) -> None:
-    told = vars(config).setdefault("_told", set())  # no field: it is not saved, and not compared
-    if message not in told:
-        told.add(message)
+    if id(config) not in _told:
+        _told[id(config)] = set()
+        weakref.finalize(config, _told.pop, id(config), None)
+    if message not in _told[id(config)]:
+        _told[id(config)].add(message)
         warnings.warn(message, stacklevel=4)
 
 

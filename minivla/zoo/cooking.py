@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,32 +35,40 @@ def cook(
     seeds the evaluation takes. The checkpoint is stored in float16, and it is the stored one that is
     measured. Returns `measure`'s. Raises ValueError for an unknown name.
     """
-    recipe = recipe_of(name)
+    recipe = _shortened(recipe_of(name), steps)
     dataset = demonstrations(recipe.tasks, recipe.episodes, recipe.data_seed, noise=recipe.noise)
     torch.manual_seed(0)
-    options = dict(recipe.training) | ({"steps": steps} if steps else {})
     output = runs / name
     start = [load(target / recipe.start)] if recipe.start else []
     policy = recipe.make(dataset, *start)
     if recipe.before is not None and newest_state(output) is None:
         recipe.before(policy, dataset)
-    result, minutes = _train(policy, dataset, output, options)
+    result, minutes = _train(policy, dataset, output, recipe.training)
     for stage, settings in (("whole", recipe.whole), ("again", recipe.again)):
         if not settings:
             continue
-        result.policy.config.train_expert_only = False
+        if hasattr(result.policy.config, "train_expert_only"):
+            result.policy.config.train_expert_only = False
         result.policy.requires_grad_(True)
         if stage == "again":
             dataset = _with_corrections(dataset, result.policy, recipe)
-        changed = dict(settings) | ({"steps": steps} if steps else {})
-        result, more = _train(result.policy, dataset, runs / f"{name}-{stage}", changed)
+        result, more = _train(result.policy, dataset, runs / f"{name}-{stage}", settings)
         minutes += more
     folder = target / name
     result.policy.save(folder, dtype=torch.float16)
     measured = measure(name, episodes=episodes, target=target)
     told = {row: str(outcome) for row, outcome in measured.items()} | sides(measured)
-    atomic_write(folder / "README.md", card(recipe, options, result.policy, told, minutes))
+    atomic_write(folder / "README.md", card(recipe, result.policy, told, minutes))
     return measured
+
+
+def _shortened(recipe: Recipe, steps: int | None) -> Recipe:
+    """The recipe, with another number of steps in each of its trainings."""
+    if not steps:
+        return recipe
+    stages = {stage: getattr(recipe, stage) for stage in ("training", "whole", "again")}
+    shorter: dict[str, Any] = {stage: {**own, "steps": steps} for stage, own in stages.items() if own}
+    return replace(recipe, **shorter)
 
 
 def _with_corrections(dataset: Demonstrations, policy: Policy, recipe: Recipe) -> Demonstrations:
@@ -86,12 +95,10 @@ def _train(
     return result, max((r["time"]["seconds"] for r in result.log if "time" in r), default=0) / 60
 
 
-def card(
-    recipe: Recipe, options: Mapping[str, Any], policy: Policy, measured: Mapping[str, str], minutes: float
-) -> str:
+def card(recipe: Recipe, policy: Policy, measured: Mapping[str, str], minutes: float) -> str:
     """The README.md beside the weights: what it is, how it was trained, what it can do.
 
-    `options` are train's, `measured` rows of text.
+    `measured` are rows of text.
     """
     parameters = sum(p.numel() for p in policy.parameters())
     tasks = ", ".join(f"`{task}`" for task in recipe.tasks)
@@ -101,7 +108,7 @@ def card(
         "policy": f"{policy.name}, {parameters / 1e6:.2f} M parameters, stored in float16",
         "task": f"Tabletop {tasks}, cartesian gripper, {views} {cameras}, 64 × 64",
         "demonstrations": f"{recipe.episodes} episodes, data seed {recipe.data_seed}, noise {recipe.noise}",
-        "training": _told(options),
+        "training": _told(recipe.training),
         **({"training, all of it": _told(recipe.whole)} if recipe.whole else {}),
         **({"corrected": _corrected(recipe)} if recipe.corrected else {}),
         **({"training, with those": _told(recipe.again)} if recipe.again else {}),

@@ -20,7 +20,12 @@ from minivla.training.latency import under_delay
 from minivla.zoo.recipes import Recipe, recipe_of
 
 UNSEEN = 2_000_000  # first seed of the evaluation: far from every seed that training or its checks use
-NO_FIELDS = ("change", "delay", "strategy")  # of an experiment's settings: what `load` does not take
+NO_FIELDS = (
+    "change",
+    "delay",
+    "strategy",
+    "execution_horizon",
+)  # of an experiment's settings: what `load` does not take
 SMOOTH = ("jerk", "seam", "elsewhere")
 SPLITS = {"success": "train", "held-out words": "test"}
 
@@ -44,8 +49,8 @@ def experiment(name: str, *, episodes: int = 200, target: Path = CHECKPOINTS) ->
     """Run a shipped checkpoint in every way its recipe's `experiments` name, and store what came out.
 
     Each is a mapping of overrides as `load` takes them, {"change": one of CHANGES} or {"delay": steps,
-    "strategy": one of `minivla.training.latency`}; "tasks" in it says which of the recipe's. Returns the rows
-    of `measured`. Raises ValueError for an unknown name.
+    "strategy": one of `minivla.training.latency`, "execution_horizon": steps, if not the policy's}; "tasks"
+    in it says which of the recipe's. Returns the rows of `measured`. Raises ValueError for an unknown name.
     """
     rows = []
     for task, settings in asked(recipe_of(name)):
@@ -106,11 +111,15 @@ def _row(task: str, settings: Mapping[str, Any], result: Evaluation) -> dict[str
 
 
 def _late(policy: Policy, task: str, settings: Mapping[str, Any], episodes: int) -> dict[str, Any]:
-    """A row of one strategy at one delay; real-time chunking at LeRobot's settings."""
+    """A row of one strategy at one delay; real-time chunking at LeRobot's settings, but for an
+    `execution_horizon` that is given."""
     if settings["strategy"] == "rtc":
         policy.config.rtc_config = RTCConfig().to_json()
     where = f"tabletop:{task}?split=train"
-    found = under_delay(policy, where, settings["delay"], settings["strategy"], episodes, UNSEEN)
+    horizon = settings.get("execution_horizon")
+    found = under_delay(
+        policy, where, settings["delay"], settings["strategy"], episodes, UNSEEN, execution_horizon=horizon
+    )
     return _row(task, settings, found.evaluation) | {
         key: float(f"{getattr(found, key):.3g}") for key in SMOOTH
     }

@@ -9,9 +9,11 @@
 What bfloat16 means. LeRobot casts the whole network before it puts norms and vision back to float32, and with
 it the frequencies of the rotary positions, which stay rounded: at position 800 an angle is off by up to a
 radian. Neither its float32 nor openpi does that; minivla follows it (`rope_rounds`), and what the slip costs
-is measured. Two programs that round at other places are about as far apart as each is from float32; where
-minivla is made to round where LeRobot does (`rounding_as_lerobot`: it keeps attention scores and gated
-branches in bfloat16) nothing remains.
+is measured. Two programs that round at other places, or sum in another order, are about √2 times as far apart
+as each is from float32. At a tiny size nothing remains where minivla is made to round where LeRobot does
+(`rounding_as_lerobot`: it keeps attention scores and gated branches in bfloat16); at the published size sums
+over thousands come out in another order all the same, since we leave padding out. So there the two are held
+together in float32, and in bfloat16 each against that.
 """
 
 from __future__ import annotations
@@ -151,15 +153,19 @@ def ours(family: str, folder: Path, tiny: bool) -> None:
     loaded = peak() - before
     policy.save(folder / "again")
     saved = peak() - before
+    used = sum(p.numel() * p.element_size() for p in policy.state_dict().values())
     given = load_file(folder / "inputs.safetensors")
     noise = given.pop("noise")
     found = {"bfloat16": policy.predict_action_chunk(given, noise=noise, steps=STEPS).float().contiguous()}
     with rounding_as_lerobot():
         chunk = policy.predict_action_chunk(given, noise=noise, steps=STEPS)
     found["rounded alike"] = chunk.float().contiguous()
+    for parameter in policy.parameters():
+        parameter.data = parameter.data.float()
+    found["float32"] = policy.predict_action_chunk(given, noise=noise, steps=STEPS).contiguous()
     save_file(found, folder / "ours.safetensors")
     measured = {
-        "used": sum(p.numel() * p.element_size() for p in policy.state_dict().values()),
+        "used": used,
         "loaded": loaded,
         "saved": saved,
         "matched": len(policy.receipt.matched),
