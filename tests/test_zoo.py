@@ -192,8 +192,9 @@ def test_a_recipe_may_free_what_it_froze(tmp_path, monkeypatch):
 
     name, options = "pi0-tabletop", {"steps": 1, "batch_size": 2, "progress": False}
     short = replace(
-        RECIPES[name], tasks=("pick_place",), episodes=2, before=None, training=options, whole=options
-    )
+        RECIPES[name], tasks=("pick_place",), episodes=2, before=None, training=options, whole=options,
+        corrected={}, again={},
+    )  # fmt: skip
     monkeypatch.setitem(recipes.RECIPES, name, short)
     free, train = [], cooking.train
 

@@ -153,7 +153,7 @@ def test_a_tokenizer_out_of_reach_fails_when_called_and_not_before(tmp_path):
     again = read_pipeline(tmp_path)
     with pytest.raises(
         FileNotFoundError,
-        match=r"no-tokenizer-here' could not be loaded.*licence.*hf auth login.*tokenizer_name",
+        match=r"no-tokenizer-here' could not be loaded.*licence.*hf auth login.*set `step\.tokenizer`",
     ):
         again({"task": ["reach"]})
     with pytest.raises(FileNotFoundError, match=r"no tokenizer_name; expected one. Set"):
