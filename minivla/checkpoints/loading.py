@@ -48,12 +48,9 @@ PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.
 # These make a constructor fetch weights, which the folder is about to replace.
 FETCHING_FIELDS: dict[str, Any] = {"pretrained_backbone_weights": None}
 PRECISIONS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # by their names in a config's `dtype`
+TABLES = ("input_features", "output_features", "normalization_mapping")
 # Saved processors were made from these, and would not follow if they alone were overridden.
-PROCESSOR_FIELDS = (
-    "input_features", "output_features", "normalization_mapping",
-    "use_relative_actions", "relative_exclude_joints", "action_feature_names",
-)  # fmt: skip
-TABLES = PROCESSOR_FIELDS[:3]
+PROCESSOR_FIELDS = (*TABLES, "use_relative_actions", "relative_exclude_joints", "action_feature_names")
 
 StatsLike = Mapping[str, Mapping[str, Any]]
 FROM_CHECKPOINT: Any = object()

@@ -36,7 +36,8 @@ def corrections(
     """Episodes that `policy` begins and the expert ends, `episodes` of them; only the expert's part is kept.
 
     The expert takes over at a random moment of the first three quarters. Episodes that the policy has solved
-    by then are left out, and those that the expert cannot finish within a task's steps any more.
+    by then are left out, and those that the expert cannot finish within a task's steps any more. So several
+    tasks take turns in what is tried, and not in what is kept.
 
     policy: anything with `reset()` and `act(batch)`, a batch (B, …) of observations with `task`, a list of
     strings, to actions (B, A), such as a `minivla.Policy`; it acts as it does in `minivla.evaluate`.
@@ -71,8 +72,8 @@ def _one_after_another(
         idle = 0 if fresh else idle + 1
         if idle == PATIENCE:
             raise RuntimeError(
-                f"{PATIENCE * len(envs)} episodes of {envs[0].task} left nothing to correct: the policy "
-                "solves them, or the expert cannot go on from where it leads."
+                f"{PATIENCE * len(envs)} episodes of {', '.join(sorted({env.task for env in envs}))} left "
+                "nothing to correct: the policy solves them, or the expert cannot go on from where it leads."
             )
 
 

@@ -102,7 +102,8 @@ class Demonstrations(Dataset[dict[str, Any]]):
     def joined(self, other: "Demonstrations") -> "Demonstrations":
         """The episodes of both, this one's first, seen through this one's windows.
 
-        `stats` are those of all. Raises ValueError where columns differ in name, shape or kind, or the fps.
+        `stats` are those of all, and there are no `seeds`. Raises ValueError where columns differ in name,
+        shape or kind, or the fps.
         """
         if (self.features, self.fps) != (other.features, other.fps):
             raise ValueError(

@@ -20,12 +20,8 @@ from minivla.training.latency import under_delay
 from minivla.zoo.recipes import Recipe, recipe_of
 
 UNSEEN = 2_000_000  # first seed of the evaluation: far from every seed that training or its checks use
-NO_FIELDS = (
-    "change",
-    "delay",
-    "strategy",
-    "execution_horizon",
-)  # of an experiment's settings: what `load` does not take
+# Of an experiment's settings: what `load` does not take.
+NO_FIELDS = ("change", "delay", "strategy", "execution_horizon")
 SMOOTH = ("jerk", "seam", "elsewhere")
 SPLITS = {"success": "train", "held-out words": "test"}
 
