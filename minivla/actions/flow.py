@@ -2,7 +2,7 @@
 
 A line runs from noise to a demonstrated chunk; the velocity along it, action − noise, does not depend on the
 time. A network that predicts it from the point alone learns the mean of all lines through that point, a field
-whose streamlines carry noise to data. Papers differ in which end of time is noise: a `Convention` says so.
+whose paths carry noise to data. Papers differ in which end of time is noise: a `Convention` says so.
 Sources: Liu et al. 2022 (rectified flow), Lipman et al. 2022 (flow matching), Black et al. 2024 (π0).
 """
 
