@@ -43,9 +43,6 @@ from minivla.nn.paligemma import PALIGEMMA_NAMES, PaliGemma, Prefix
 from minivla.nn.positions import sine_time
 from minivla.policies.base import AnyStats, Batch, Draw, Policy, PolicyConfig, Rng
 from minivla.policies.vla import (
-    EMBEDDING,
-    EXPERT_HEAD,
-    LM_HEAD,
     StatePrompt,
     VLAConfig,
     before_tokens,
@@ -55,7 +52,6 @@ from minivla.policies.vla import (
     freeze,
     keeps_padding,
     look,
-    modern_name,
     one_group,
     pad,
     prompt,
@@ -64,6 +60,7 @@ from minivla.policies.vla import (
     tokenize,
     unused_by_suffix,
 )
+from minivla.policies.vla_files import EMBEDDING, EXPERT_HEAD, LM_HEAD, modern_name
 from minivla.segments import Segment, arrange
 
 UNUSED = "no effect: the words are only read, never written"

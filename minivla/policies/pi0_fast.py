@@ -42,8 +42,6 @@ from minivla.nn.masks import segment_mask
 from minivla.nn.paligemma import PALIGEMMA_NAMES, VOCABULARY, PaliGemma, Prefix
 from minivla.policies.base import AnyStats, Batch, Draw, Policy, PolicyConfig, Rng
 from minivla.policies.vla import (
-    EMBEDDING,
-    LM_HEAD,
     TOKENIZER,
     StatePrompt,
     VLAConfig,
@@ -51,12 +49,12 @@ from minivla.policies.vla import (
     compile_decoder,
     keeps_padding,
     look,
-    modern_name,
     one_group,
     prompt,
     relative_steps,
     set_precision,
 )
+from minivla.policies.vla_files import EMBEDDING, LM_HEAD, modern_name
 from minivla.segments import Segment, arrange
 
 ACTION_TOKENS, ACTION_TOKEN_MASK = f"{ACTION}.tokens", f"{ACTION}.token_mask"

@@ -6,9 +6,7 @@ Upstream keeps a copy of all this in each policy: LeRobot 0.6 `policies/{pi0,pi0
 
 from __future__ import annotations
 
-import re
 import warnings
-import weakref
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
@@ -30,13 +28,13 @@ from minivla.data.features import (
     PolicyFeature,
 )
 from minivla.data.relative import AbsoluteActions, RelativeActions
-from minivla.data.stats import LEGACY_KEY
 from minivla.data.steps import AddBatch, Normalize, Rename, Step, Tokenize, register
 from minivla.nn.decoder import DecoderConfig
 from minivla.nn.images import resize_with_pad
 from minivla.nn.paligemma import VARIANTS, VOCABULARY, PaliGemma
 from minivla.nn.vit import ViTConfig
 from minivla.policies.base import Batch, Policy, PolicyConfig, group
+from minivla.policies.vla_files import STEP_FIELDS, modern_fields
 
 STATE_BINS = 256
 UPSTREAMS = ("lerobot", "openpi")
@@ -120,6 +118,7 @@ class VLAConfig(PolicyConfig):
             )
         if self.rtc_config is not None:
             RTCConfig.from_json(self.rtc_config)
+        self.told = set[str]()  # warnings that were given
         self._add_features()
 
     def expect_least(self, **least: float) -> None:
@@ -165,16 +164,7 @@ class VLAConfig(PolicyConfig):
 
         Raises ValueError for one that today's code, ours or LeRobot's, cannot follow.
         """
-        modern, notes = dict(content), list[str]()
-        for name in [name for name in FORMER if name in content]:
-            today, only, reason = FORMER[name]
-            value = modern.pop(name)
-            if only is not None and value not in only:
-                raise ValueError(f"{name} is {value!r}, a setting of an older upstream; {reason}")
-            modern |= {field: value for field in today if field not in content and value is not None}
-            notes.append(f"{name}: {'now ' + ', '.join(today) if today else reason}")
-        _warn_of_padding(content)
-        return modern, notes
+        return modern_fields(content)
 
     @property
     def action_delta_indices(self) -> list[int]:
@@ -202,87 +192,6 @@ def resized[Shape: (ViTConfig, DecoderConfig)](shape: Shape, size: Mapping[str, 
     if unknown := [name for name in size if name not in known]:
         raise ValueError(f"a size names {', '.join(unknown)}; expected some of {', '.join(known)}")
     return replace(shape, **size)
-
-
-# What a stored step must be told when a field is overridden: its attributes, by its name in files.
-STEP_FIELDS: dict[str, dict[str, tuple[str, ...]]] = {
-    "tokenizer_max_length": {"tokenizer_processor": ("max_length",)},
-    "upstream": {
-        "pi0_new_line_processor": ("cleaned",),
-        "tokenizer_processor": ("ending",),
-        "pi0_fast_prepare_state_tokenizer_processor_step": ("openpi",),
-        "action_tokenizer_processor": ("openpi",),
-    },
-    "max_action_tokens": {"action_tokenizer_processor": ("max_action_tokens",)},
-    "fast_skip_tokens": {"action_tokenizer_processor": ("fast_skip_tokens",)},
-    "text_tokenizer_name": {
-        "tokenizer_processor": ("tokenizer_name",),
-        "action_tokenizer_processor": ("paligemma_tokenizer_name",),
-    },
-    "action_tokenizer_name": {"action_tokenizer_processor": ("action_tokenizer_name",)},
-}
-
-# --- what files call it ------------------------------------------------------------------------------------
-
-# Former fields of config.json: the fields that take their value today, the values that can be followed (None:
-# all), and why. Sources: LeRobot 0.3 `policies/pi0/configuration_pi0.py`; openpi
-# `examples/convert_jax_model_to_pytorch.py`, from action_dim on.
-FORMER: dict[str, tuple[tuple[str, ...], tuple[Any, ...] | None, str]] = {
-    "resize_imgs_with_padding": (("image_resolution",), None, ""),
-    "num_steps": (("num_inference_steps",), None, ""),
-    "proj_width": ((), (1024,), "the projections are as wide as the expert, 1024 in gemma_300m"),
-    "use_cache": ((), None, "the prefix is always run once, which computes the same"),
-    "attention_implementation": ((), None, "all of them compute the same"),
-    "train_state_proj": ((), None, "the projections always learn; the weights are the same"),
-    "adapt_to_pi_aloha": ((), (False,), "turning ALOHA's joints into the authors' is not supported"),
-    "use_delta_joint_actions_aloha": (
-        (),
-        (False,),
-        "use_relative_actions does that now, with new statistics",
-    ),
-    "action_dim": (("max_action_dim", "max_state_dim"), None, ""),
-    "action_horizon": (("chunk_size", "n_action_steps"), None, ""),
-    "precision": (("dtype",), ("float32", "bfloat16"), "expected float32 or bfloat16: convert the weights"),
-}
-
-P = "model.paligemma_with_expert."
-EMBEDDING = f"{P}paligemma.model.language_model.embed_tokens.weight"
-LM_HEAD = f"{P}paligemma.lm_head.weight"
-EXPERT_HEAD = f"{P}gemma_expert.lm_head.weight"
-_FORMER_NAMES = (
-    (r"(\.paligemma)\.language_model\.lm_head\.", r"\1.lm_head."),
-    (r"(\.paligemma)\.language_model\.model\.", r"\1.model.language_model."),
-    (r"(\.paligemma)\.(vision_tower|multi_modal_projector)\.", r"\1.model.\2."),
-)
-
-
-def modern_name(key: str) -> str:
-    """A stored key as LeRobot 0.6 would write it; statistics among the weights keep their names.
-
-    The files published for LeRobot 0.4, and openpi's own, lack "model." in front. Before 0.4 and with
-    transformers below 4.52, PaliGemma's parts were nested another way.
-    """
-    if LEGACY_KEY.match(key):
-        return key
-    name = key if key.startswith("model.") else f"model.{key}"
-    for pattern, replacement in _FORMER_NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def _warn_of_padding(content: Mapping[str, Any]) -> None:
-    """Before 0.4 LeRobot put the margin of an image that is not square above and to the left of it."""
-    features = (content.get("input_features") or {}).items()
-    shapes = {
-        key: f.get("shape") for key, f in features if isinstance(f, Mapping) and f.get("type") == "VISUAL"
-    }
-    if "resize_imgs_with_padding" in content and any(s and s[-1] != s[-2] for s in shapes.values()):
-        warnings.warn(
-            f"this policy's images ({', '.join(shapes)}) are not square, and the LeRobot of then filled them "
-            "up above and on the left, where today's, and minivla, centre them: expect it to see a shifted "
-            "picture, or make the images square yourself",
-            stacklevel=4,
-        )
 
 
 # --- what is seen ------------------------------------------------------------------------------------------
@@ -327,15 +236,9 @@ def look(config: VLAConfig, batch: Batch, *, absent_is: str = "masked") -> dict[
     }
 
 
-_told: dict[int, set[str]] = {}  # by a config's id, as long as it lives
-
-
 def _warn_once(config: VLAConfig, message: str) -> None:
-    if id(config) not in _told:
-        _told[id(config)] = set()
-        weakref.finalize(config, _told.pop, id(config), None)
-    if message not in _told[id(config)]:
-        _told[id(config)].add(message)
+    if message not in config.told:
+        config.told.add(message)
         warnings.warn(message, stacklevel=4)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from minivla.policies.vla import EMBEDDING, LM_HEAD
+from minivla.policies.vla_files import EMBEDDING, LM_HEAD
 
 Shapes = dict[str, tuple[int, ...]]
 Change = Callable[[dict[str, Any]], dict[str, Any]]

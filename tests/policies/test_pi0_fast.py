@@ -15,7 +15,7 @@ import minivla
 from minivla.actions.fast import to_language_ids
 from minivla.actions.sentences import Marks, Sentences
 from minivla.policies.pi0_fast import FastPrompt, PI0Fast, PI0FastConfig, TokenizeActions
-from minivla.policies.vla import EMBEDDING, LM_HEAD
+from minivla.policies.vla_files import EMBEDDING, LM_HEAD
 from tests.policies.fast_small import (
     ACTION,
     GOLDEN,

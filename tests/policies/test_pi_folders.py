@@ -22,7 +22,7 @@ from minivla.checkpoints import CheckpointError, receipt, write_headers
 from minivla.data.text import train_tokenizer
 from minivla.policies.pi import PI0, PI0Config
 from minivla.policies.pi0_fast import PI0FastConfig
-from minivla.policies.vla import EMBEDDING, EXPERT_HEAD, LM_HEAD, P
+from minivla.policies.vla_files import EMBEDDING, EXPERT_HEAD, LM_HEAD, P
 from tests.parity import relative_error
 from tests.policies.pi_layouts import (
     FORMER_SETTINGS,

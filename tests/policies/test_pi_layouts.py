@@ -12,7 +12,7 @@ import pytest
 
 from minivla.checkpoints import Receipt, receipt
 from minivla.checkpoints.account import STATUSES
-from minivla.policies.vla import EMBEDDING, EXPERT_HEAD, LM_HEAD
+from minivla.policies.vla_files import EMBEDDING, EXPERT_HEAD, LM_HEAD
 from tests.parity import LEDGER
 from tests.policies.pi_layouts import LAYOUTS, Layout, Shapes, their_network, write_folder
 

@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from minivla.checkpoints.stored import read_header
-from minivla.policies.vla import EXPERT_HEAD, LM_HEAD
+from minivla.policies.vla_files import EXPERT_HEAD, LM_HEAD
 from tests.parity import relative_error
 
 ROOT = Path(__file__).parents[2]
