@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from minivla import recorder
@@ -35,9 +34,24 @@ def attend(
     if (call := recorder.current()) is not None:
         call.record_attention(site, query, key, mask, start=start)
     if (group := query.shape[1] // key.shape[1]) > 1:
-        key, value = (repeat(x, "b heads k d -> b (heads group) k d", group=group) for x in (key, value))
-    head_mask = None if mask is None else rearrange(mask, "batch query key -> batch 1 query key")
+        key, value = (_shared(x, group) for x in (key, value))
+    head_mask = None if mask is None else mask.unsqueeze(-3)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=head_mask, dropout_p=dropout)
+
+
+def _shared(x: Tensor, group: int) -> Tensor:
+    """Each head (B, heads, K, d) `group` times in a row: (B, heads · group, K, d); one head is not copied."""
+    return x.unsqueeze(2).expand(-1, -1, group, -1, -1).flatten(1, 2)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, L, heads · d) as (B, heads, L, d)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, heads, L, d) as (B, L, heads · d)."""
+    return x.transpose(1, 2).flatten(2)
 
 
 class MultiheadAttention(nn.Module):
@@ -61,12 +75,9 @@ class MultiheadAttention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """query (B, Q, D), key and value (B, K, D), mask as in `attend`. Returns (B, Q, D)."""
-        q, k, v = (
-            rearrange(x, "batch token (heads width) -> batch heads token width", heads=self.heads)
-            for x in self.project(query, key, value)
-        )
+        q, k, v = (split_heads(x, self.heads) for x in self.project(query, key, value))
         out = attend(q, k, v, mask, site=self.site, dropout=self.dropout if self.training else 0.0)
-        return self.out_proj(rearrange(out, "batch heads token width -> batch token (heads width)"))
+        return self.out_proj(merge_heads(out))
 
     def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """Each through its share of the stacked projections, shapes unchanged; in one go if all are one."""

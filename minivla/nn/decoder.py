@@ -25,16 +25,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minivla import recorder
-from minivla.nn.attention import attend
+from minivla.nn.attention import attend, merge_heads, split_heads
 
 ACTIVATIONS = {"gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
 SHARED = ("layers", "heads", "kv_heads", "head_dim", "rope_base", "rope_rounds")  # by all streams
-Rotation = tuple[Tensor, Tensor]  # cosines and sines, (B, 1, L, head_dim) each
+Rotation = tuple[Tensor, Tensor]  # cosines and signed sines, (B, 1, L, head_dim) each
 
 
 @dataclass(frozen=True)
@@ -90,10 +89,11 @@ class RMSNorm(nn.Module):
             return F.rms_norm(x.float(), x.shape[-1:], scale, self.eps).to(x.dtype), None
         if condition is None:
             raise ValueError("an adaptive norm needs its condition (B, C), and none was given")
-        told = rearrange(self.dense(condition.to(self.dense.weight.dtype)), "batch d -> batch 1 d")
+        told = self.dense(condition.to(self.dense.weight.dtype)).unsqueeze(1)  # the same for all tokens
         scale, shift, gate = told.chunk(3, dim=-1)
-        for part, value in (("scale", scale), ("shift", shift), ("gate", gate)):
-            recorder.keep_step(f"{self.name}.{part}", rearrange(value, "batch 1 d -> batch d"))
+        if recorder.current() is not None:
+            for part, value in (("scale", scale), ("shift", shift), ("gate", gate)):
+                recorder.keep_step(f"{self.name}.{part}", value.squeeze(1))
         normed = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
         return torch.addcmul(shift.float(), normed, 1 + scale.float()).to(x.dtype), gate.to(x.dtype)
 
@@ -101,7 +101,7 @@ class RMSNorm(nn.Module):
 def rotation(
     positions: Tensor, head_dim: int, base: float, dtype: torch.dtype, *, rounds: bool = False
 ) -> Rotation:
-    """How far to turn the queries and keys at each position.
+    """How far to turn the queries and keys at each position, as `rotate` takes it.
 
     positions (B, L) int. Angle of channel pair i: position / base^(2i / head_dim), in float32, then cast.
     With `rounds` the frequencies are cast first: in bfloat16, of eight bits, a far token's angle is then off
@@ -111,15 +111,15 @@ def rotation(
     wavelength = base ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
     frequency = 1.0 / wavelength
     frequency = frequency.to(dtype).float() if rounds else frequency
-    angle = rearrange(positions.float(), "batch token -> batch 1 token 1") * frequency
-    angle = torch.cat((angle, angle), dim=-1)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    angle = positions.float()[:, None, :, None] * frequency
+    cosine, sine = angle.cos().to(dtype), angle.sin().to(dtype)
+    return torch.cat((cosine, cosine), dim=-1), torch.cat((-sine, sine), dim=-1)
 
 
 def rotate(x: Tensor, turn: Rotation) -> Tensor:
     """Rotary positions: channel i and channel i + head_dim / 2 are a pair that turns. x (B, heads, L, d)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * turn[0] + torch.cat((-second, first), dim=-1) * turn[1]
+    cosine, sine = turn
+    return x * cosine + x.roll(x.shape[-1] // 2, dims=-1) * sine
 
 
 def valid_positions(valid: Tensor, start: Tensor | int = 0) -> Tensor:
@@ -157,12 +157,12 @@ class Cache:
 
 @dataclass(frozen=True)
 class Joint:
-    """What all layers of one forward pass share: the mask (B, Q, K), the angles of the positions, the
+    """What all layers of one forward pass share: the mask (B, Q, K), the angles of the positions and the
     conditions by stream, the cache and whether new keys stay in it, and how many were there at the start.
     """
 
     mask: Tensor
-    turn: Rotation
+    turns: dict[str, Rotation]
     conditions: dict[str, Tensor]
     cache: Cache | None
     keep: bool
@@ -195,22 +195,17 @@ class DecoderLayer(nn.Module):
 
     def query(self, x: Tensor, turn: Rotation) -> Tensor:
         """Queries of normed tokens (B, L, D), turned by position: (B, heads, L, head_dim)."""
-        query = self._heads(self.q_proj(x))
+        query = split_heads(self.q_proj(x), self.config.heads)
         return rotate(self.q_norm(query)[0] if self.config.qk_norm else query, turn)
 
     def key_value(self, x: Tensor, turn: Rotation) -> tuple[Tensor, Tensor]:
         """Keys, turned by position, and values of normed tokens: (B, kv_heads, L, head_dim) each."""
-        key = self._heads(self.k_proj(x))
-        return rotate(self.k_norm(key)[0] if self.config.qk_norm else key, turn), self._heads(self.v_proj(x))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        split = "batch token (heads width) -> batch heads token width"
-        return rearrange(x, split, width=self.config.head_dim)
+        key, value = (split_heads(project(x), self.config.kv_heads) for project in (self.k_proj, self.v_proj))
+        return rotate(self.k_norm(key)[0] if self.config.qk_norm else key, turn), value
 
     def finish(self, tokens: Tensor, seen: Tensor, gate: Tensor | None, condition: Tensor | None) -> Tensor:
         """What attention brought, seen (B, heads, L, head_dim), onto the residual stream; then the MLP."""
-        out = self.o_proj(rearrange(seen, "batch heads token width -> batch token (heads width)"))
-        tokens = _gated(tokens, out, gate)
+        tokens = _gated(tokens, self.o_proj(merge_heads(seen)), gate)
         x, gate = self.post_norm(tokens, condition)
         return _gated(tokens, self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x)), gate)
 
@@ -290,7 +285,8 @@ class Decoder(nn.Module):
         dtype = next(iter(tokens.values())).dtype
         c = self.config
         turn = rotation(positions, c.head_dim, c.rope_base, dtype, rounds=c.rope_rounds)
-        joint = Joint(mask, turn, conditions or {}, cache, keep, 0 if cache is None else len(cache))
+        turns = dict(zip(tokens, _split(turn, tokens), strict=True))
+        joint = Joint(mask, turns, conditions or {}, cache, keep, 0 if cache is None else len(cache))
         recorder.passed(self.told(tokens, joint))
         for i in range(self.config.layers):
             asking = wanted if i + 1 == self.config.layers else tuple(tokens)
@@ -326,18 +322,17 @@ class Decoder(nn.Module):
         and out.
         """
         layers = {name: self.stream(name).layer(i) for name in tokens}
-        turns = dict(zip(tokens, _split(joint.turn, tokens), strict=True))
         normed = {n: layer.input_norm(tokens[n], joint.conditions.get(n)) for n, layer in layers.items()}
-        shared = [layer.key_value(normed[n][0], turns[n]) for n, layer in layers.items()]
-        key, value = (torch.cat(parts, dim=-2) for parts in zip(*shared, strict=True))
+        shared = [layer.key_value(normed[n][0], joint.turns[n]) for n, layer in layers.items()]
+        key, value = (_in_a_row(parts) for parts in zip(*shared, strict=True))
         key, value = joint.with_past(i, key, value)
         if not asking:
             return {}
-        query = torch.cat([layers[n].query(normed[n][0], turns[n]) for n in asking], dim=-2)
+        query = _in_a_row([layers[n].query(normed[n][0], joint.turns[n]) for n in asking])
         seen = attend(
             query, key, value, _rows(joint.mask, tokens, asking), site=f"joint.{i}", start=joint.start
         )
-        shares = seen.split([tokens[n].shape[1] for n in asking], dim=-2)
+        shares = [seen] if len(asking) == 1 else seen.split([tokens[n].shape[1] for n in asking], dim=-2)
         out = {
             n: layers[n].finish(tokens[n], share, normed[n][1], joint.conditions.get(n))
             for n, share in zip(asking, shares, strict=True)
@@ -369,6 +364,11 @@ def _wanted(tokens: dict[str, Tensor], outcome: Sequence[str] | None) -> tuple[s
     if outcome is None or recorder.current() is not None:
         return tuple(tokens)
     return tuple(name for name in tokens if name in outcome)
+
+
+def _in_a_row(parts: Sequence[Tensor]) -> Tensor:
+    """The streams' heads (B, heads, L, head_dim) as one sequence; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim=-2)
 
 
 def _split(turn: Rotation, tokens: dict[str, Tensor]) -> list[Rotation]:

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from minivla import recorder
-from minivla.nn.attention import attend
+from minivla.nn.attention import attend, merge_heads, split_heads
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,8 @@ class ViTLayer(nn.Module):
 
     def attention(self, x: Tensor) -> Tensor:
         """All see all. (B, L, D) in and out."""
-        q, k, v = (
-            rearrange(project(x), "batch token (heads width) -> batch heads token width", heads=self.heads)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        out = attend(q, k, v, None, site=self.site)
-        return self.o_proj(rearrange(out, "batch heads token width -> batch token (heads width)"))
+        q, k, v = (split_heads(project(x), self.heads) for project in (self.q_proj, self.k_proj, self.v_proj))
+        return self.o_proj(merge_heads(attend(q, k, v, None, site=self.site)))
 
 
 class ViT(nn.Module):

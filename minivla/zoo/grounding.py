@@ -178,7 +178,7 @@ def _keys_and_values(paligemma: PaliGemma, prefix: Prefix) -> Tensor:
     turn = rotation(
         valid_positions(prefix.valid), decoder.config.head_dim, decoder.config.rope_base, torch.float32
     )
-    joint = Joint(segment_mask(prefix.segments, prefix.valid), turn, {}, None, False, 0)
+    joint = Joint(segment_mask(prefix.segments, prefix.valid), {"prefix": turn}, {}, None, False, 0)
     *before, last = range(decoder.config.layers)
     for i in before:
         tokens = decoder.layer(i, tokens, joint, ("prefix",))
