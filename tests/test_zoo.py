@@ -214,7 +214,7 @@ def test_a_recipe_may_free_what_it_froze(tmp_path, monkeypatch):
     name, options = "pi0-tabletop", {"steps": 1, "batch_size": 2, "progress": False}
     short = replace(
         RECIPES[name], tasks=("pick_place",), episodes=2, before=None, training=options, whole=options,
-        corrected={}, again={},
+        corrected=(), again={},
     )  # fmt: skip
     monkeypatch.setitem(recipes.RECIPES, name, short)
     free, train = [], cooking.train
@@ -235,29 +235,31 @@ def test_a_recipe_may_free_what_it_froze(tmp_path, monkeypatch):
 
 
 def test_a_recipe_may_learn_from_its_own_mistakes(tmp_path, monkeypatch):
-    """The last training has the corrected episodes beside the demonstrations; the card counts them."""
+    """Two rounds: each training has the corrected episodes so far beside the demonstrations; the card counts
+    them."""
     from dataclasses import replace
 
     from minivla.zoo import cooking, recipes
 
     name, options = "act-tabletop", {"steps": 1, "batch_size": 2, "progress": False}
-    short = replace(
-        RECIPES[name], episodes=2, training=options, corrected={"reach": 2, "push": 1}, again=options
-    )
+    rounds = ({"reach": 2, "push": 1}, {"sort": 1})
+    short = replace(RECIPES[name], episodes=2, training=options, corrected=rounds, again=options)
     monkeypatch.setitem(recipes.RECIPES, name, short)
     seen, train = [], cooking.train
 
     def watched(policy, dataset, **more):
-        seen.append([dataset[start]["task"].split()[0] for start, _ in dataset.episodes])
+        seen.append([dataset[start]["task"] for start, _ in dataset.episodes])
         return train(policy, dataset, **more)
 
     monkeypatch.setattr(cooking, "train", watched)
     with pytest.warns(UserWarning, match="LeRobot will refuse"):
         cook(name, runs=tmp_path / "runs", episodes=1, target=tmp_path / "zoo")
-    plain, more = seen
+    plain, more, most = seen
     assert (len(plain), more[:2], len(more)) == (2, plain, 5)
-    assert set(more[2:4]) <= {"reach", "go", "touch", "move"}
-    assert more[4] in ("push", "slide")
+    assert {told.split()[0] for told in more[2:4]} <= {"reach", "go", "touch", "move"}
+    assert more[4].split()[0] in ("push", "slide")
+    assert (most[:5], len(most)) == (more, 6)
+    assert ", then " in most[5]
     card = (tmp_path / "zoo" / name / "README.md").read_text()
-    assert "began and the expert ended: 2 of `reach`, 1 of `push` |" in card
-    assert "| training, with those | steps 1, batch_size 2" in card
+    assert "began and the expert ended: 2 of `reach`, 1 of `push`; then 1 of `sort` |" in card
+    assert "| training, with those, 2 times | steps 1, batch_size 2" in card

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from minivla.segments import camera_names
 from minivla.training import Evaluation, train
 from minivla.training.checkpoint import newest_state
 from minivla.training.loop import TrainResult
-from minivla.world import Demonstrations, corrections, demonstrations
+from minivla.world import corrections, demonstrations
 from minivla.zoo.measuring import UNSEEN, measure, sides
 from minivla.zoo.recipes import Recipe, recipe_of
 
@@ -44,15 +45,16 @@ def cook(
     if recipe.before is not None and newest_state(output) is None:
         recipe.before(policy, dataset)
     result, minutes = _train(policy, dataset, output, recipe.training)
-    for stage, settings in (("whole", recipe.whole), ("again", recipe.again)):
-        if not settings:
-            continue
-        if hasattr(result.policy.config, "train_expert_only"):
-            result.policy.config.train_expert_only = False
-        result.policy.requires_grad_(True)
-        if stage == "again":
-            dataset = _with_corrections(dataset, result.policy, recipe)
-        result, more = _train(result.policy, dataset, runs / f"{name}-{stage}", settings)
+    if recipe.whole:
+        result, more = _train(_all_of_it(result.policy), dataset, runs / f"{name}-whole", recipe.whole)
+        minutes += more
+    seed = itertools.count(recipe.data_seed + 1)
+    for turn, episodes_of in enumerate(recipe.corrected, start=1):
+        for task, count in episodes_of.items():
+            fresh = corrections(result.policy, task, count, next(seed), noise=recipe.noise)
+            dataset = dataset.joined(fresh)
+        again = runs / f"{name}-again-{turn}"
+        result, more = _train(_all_of_it(result.policy), dataset, again, recipe.again)
         minutes += more
     folder = target / name
     result.policy.save(folder, dtype=torch.float16)
@@ -71,11 +73,11 @@ def _shortened(recipe: Recipe, steps: int | None) -> Recipe:
     return replace(recipe, **shorter)
 
 
-def _with_corrections(dataset: Demonstrations, policy: Policy, recipe: Recipe) -> Demonstrations:
-    """The demonstrations, and of each task as many corrected episodes as the recipe says."""
-    for seed, (task, episodes) in enumerate(recipe.corrected.items(), start=recipe.data_seed + 1):
-        dataset = dataset.joined(corrections(policy, task, episodes, seed, noise=recipe.noise))
-    return dataset
+def _all_of_it(policy: Policy) -> Policy:
+    """The policy, of which everything learns now."""
+    if hasattr(policy.config, "train_expert_only"):
+        policy.config.train_expert_only = False
+    return policy.requires_grad_(True)
 
 
 def _train(
@@ -111,7 +113,7 @@ def card(recipe: Recipe, policy: Policy, measured: Mapping[str, str], minutes: f
         "training": _told(recipe.training),
         **({"training, all of it": _told(recipe.whole)} if recipe.whole else {}),
         **({"corrected": _corrected(recipe)} if recipe.corrected else {}),
-        **({"training, with those": _told(recipe.again)} if recipe.again else {}),
+        **({f"training, with those{_rounds(recipe)}": _told(recipe.again)} if recipe.corrected else {}),
         **({"the shipped run": recipe.differs} if recipe.differs else {}),
         **({"begun with": f"the eyes and words of {recipe.start}, trained before"} if recipe.start else {}),
         "time to train": f"{minutes:.0f} minutes, CPU threads: {torch.get_num_threads()}",
@@ -131,5 +133,9 @@ def _told(options: Mapping[str, Any]) -> str:
 
 
 def _corrected(recipe: Recipe) -> str:
-    episodes = ", ".join(f"{n} of `{task}`" for task, n in recipe.corrected.items())
-    return f"episodes that it began and the expert ended: {episodes}"
+    rounds = [", ".join(f"{n} of `{task}`" for task, n in each.items()) for each in recipe.corrected]
+    return f"episodes that it began and the expert ended: {'; then '.join(rounds)}"
+
+
+def _rounds(recipe: Recipe) -> str:
+    return f", {len(recipe.corrected)} times" if len(recipe.corrected) > 1 else ""

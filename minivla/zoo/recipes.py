@@ -38,8 +38,9 @@ class Recipe:
     before                      teaches a fresh policy, in place, before it sees an action
     training                    options of `minivla.train`
     whole                       options of a second training, of all that the first one left frozen too
-    corrected, again            how many episodes of which task it then begins and the expert ends
-                                (`minivla.world.corrections`), and options of a last training, with those too
+    corrected, again            rounds of corrections: how many episodes of which task it then begins and the
+                                expert ends (`minivla.world.corrections`); and options of the training that
+                                follows each round, with all of those so far
     start                       the checkpoint whose eyes and words it begins with, if any
     aim, missed                 the success rate it is meant to reach on each task; tasks where it does not
     differs                     in what the run that shipped was not this recipe
@@ -55,7 +56,7 @@ class Recipe:
     before: Callable[[Any, Any], None] | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
     whole: Mapping[str, Any] = field(default_factory=dict)
-    corrected: Mapping[str, int] = field(default_factory=dict)
+    corrected: tuple[Mapping[str, int], ...] = ()
     again: Mapping[str, Any] = field(default_factory=dict)
     start: str = ""
     aim: float = 0.95
@@ -360,7 +361,7 @@ RECIPES: dict[str, Recipe] = {
         before=_ground,
         training=LEARNING,
         whole=WHOLE,
-        corrected=CORRECTED,
+        corrected=(CORRECTED,),
         again=AGAIN,
         aim=0.9,
         missed=("push", "sort"),
@@ -388,7 +389,7 @@ RECIPES: dict[str, Recipe] = {
         start="pi0-tabletop",
         training=SPELLING,
         whole=SPEAKING,
-        corrected=CORRECTED,
+        corrected=(CORRECTED,),
         again=WHOLE,
         aim=0.8,
         missed=("push", "detour", "sort"),
