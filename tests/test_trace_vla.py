@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 
 import minivla
 from minivla import recorder
+from minivla.nn import decoder
 from minivla.nn.decoder import Decoder
 from minivla.nn.masks import segment_mask
 from minivla.proof import prove_masks
@@ -55,16 +58,20 @@ def test_the_rows_of_prefill_and_of_the_last_step_are_one_picture(seen):
 
 
 def test_the_attention_drawn_is_the_attention_computed(seen):
-    """At time 0.25, with the chunk where the path then is, a loss computes what the last step did."""
+    """Weights as drawn, times values, are what attention brought: the last step's rows of the actions."""
     policy, batch, trace = seen
-    flow = trace.calls[0].flow
-    noisy = torch.zeros(2, 6, 7)
-    noisy[..., :4] = flow.x[-2]
-    padding = trace.calls[0].hidden["noise"][..., 4:]
-    with minivla.trace(policy) as again:
-        policy.predict_action_chunk(batch, noise=torch.cat((flow.x[0], padding), -1))
-    torch.testing.assert_close(again.attention["joint.1"], trace.calls[0].attention["joint.1"])
-    torch.testing.assert_close(again.flow.x, flow.x)
+    values, brought, attend = [], [], decoder.attend
+
+    def watched(query, key, value, mask, *, site, **more):
+        values.append(value)
+        brought.append(attend(query, key, value, mask, site=site, **more))
+        return brought[-1]
+
+    with mock.patch.object(decoder, "attend", watched), minivla.trace(policy):
+        policy.predict_action_chunk(batch, noise=trace.calls[0].hidden["noise"])
+    weights, last = trace.calls[0].attention["joint.2"][:, :, -6:], brought[-1][:, :, -6:]
+    assert values[-1].shape[1] == 1
+    torch.testing.assert_close(weights @ values[-1], last)
 
 
 def test_each_camera_has_its_own_vision(seen):

@@ -68,7 +68,7 @@ def test_both_ways_round_the_obstacle_are_taken(name):
 def test_the_card_is_what_cooking_writes(name):
     written = card(name)
     rows = dict(re.findall(r"^\| ([^|]+) \| (.+) \|$", written, re.MULTILINE))
-    minutes = re.fullmatch(r"(\d+) minutes, CPU threads: \d+", rows["time to train"])
+    minutes = re.fullmatch(r"(\d+) minutes(?: \(.* apart\))?, CPU threads: \d+", rows["time to train"])
     assert minutes, written
     told = {row: value for row, value in rows.items() if row.startswith(("success", "held-out", "left side"))}
     again = card_of(RECIPES[name], minivla.load(name), told, float(minutes.group(1)))
@@ -131,10 +131,24 @@ def test_an_experiment_runs_the_checkpoint_differently(tmp_path, monkeypatch):
     shutil.copytree(CHECKPOINTS / name, tmp_path / name)
     changes = ({"bet_softmax_temperature": 1e-3}, {"change": "no offsets"}, {"change": "first level only"})
     monkeypatch.setitem(recipes.RECIPES, name, replace(RECIPES[name], experiments=changes))
+    done, driven = [], []
+
+    def noted(change):
+        return lambda policy: (done.append(change), CHANGES[change](policy))
+
+    def run(policy, task, *_):
+        driven.append((task, policy.config.bet_softmax_temperature, len(done)))
+        return evaluate(policy, f"tabletop:{task}", 1, 0, progress=False)
+
+    monkeypatch.setattr("minivla.zoo.measuring.CHANGES", {change: noted(change) for change in CHANGES})
+    monkeypatch.setattr("minivla.zoo.measuring._run", run)
     rows = experiment(name, episodes=1, target=tmp_path)
     assert [row["settings"] for row in rows[::2]] == list(changes)
     assert rows == measured(name, target=tmp_path)
-    assert [row["left"] + row["right"] <= 1 for row in rows[::2]] == [True] * 3
+    usual = minivla.load(name).config.bet_softmax_temperature
+    both, temperatures = RECIPES[name].tasks * 3, [1e-3] * 2 + [usual] * 4
+    assert driven == list(zip(both, temperatures, [0, 0, 1, 2, 3, 4], strict=True))
+    assert done == ["no offsets"] * 2 + ["first level only"] * 2
 
 
 def test_an_experiment_may_let_the_policy_think(tmp_path, monkeypatch):
@@ -232,6 +246,39 @@ def test_a_recipe_may_free_what_it_froze(tmp_path, monkeypatch):
     assert (
         "| training, all of it | steps 1, batch_size 2" in (tmp_path / "zoo" / name / "README.md").read_text()
     )
+
+
+def test_what_was_interrupted_is_not_shipped(tmp_path, monkeypatch, capsys):
+    """After Ctrl-C nothing of what comes next is done, and the same command goes on where it stopped."""
+    import signal
+    from dataclasses import replace
+
+    from minivla.zoo import __main__ as command
+    from minivla.zoo import cooking, recipes
+
+    name, options = "act-tabletop", {"steps": 3, "batch_size": 2, "progress": False}
+    monkeypatch.setitem(recipes.RECIPES, name, replace(RECIPES[name], episodes=2, training=options))
+    train, started = cooking.train, []
+
+    def stopped(policy, *given, **more):
+        forward = policy.forward
+        policy.forward = lambda batch: (signal.raise_signal(signal.SIGINT), forward(batch))[1]
+        started.append(more["output"])
+        return train(policy, *given, **more)
+
+    monkeypatch.setattr(cooking, "train", stopped)
+    where = ["--runs", str(tmp_path / "runs"), "--target", str(tmp_path / "zoo")]
+    monkeypatch.setattr("sys.argv", ["zoo", name, "--episodes", "1", *where])
+    with pytest.raises(SystemExit) as left:
+        command.main()
+    assert left.value.code == 130
+    assert "stopped at step 1; the same command goes on there" in capsys.readouterr().err
+    assert not (tmp_path / "zoo" / name).exists()
+    monkeypatch.setattr(cooking, "train", train)
+    with pytest.warns(UserWarning, match="LeRobot will refuse"):
+        command.main()
+    assert (tmp_path / "zoo" / name / "README.md").exists()
+    assert started == [tmp_path / "runs" / name]
 
 
 def test_a_recipe_may_learn_from_its_own_mistakes(tmp_path, monkeypatch):

@@ -69,7 +69,7 @@ def convert(field: Field, source: Convention, target: Convention) -> Field:
 
 def uniform_time(size: int, generator: Rng = None) -> Tensor:
     """(size,) in [0, 1), every time as likely as another."""
-    return torch.rand(size, generator=generator)
+    return torch.rand(size, generator=generator, device=_place(generator))
 
 
 def beta_time(
@@ -82,7 +82,9 @@ def beta_time(
     Source: Black et al. 2024, appendix B; LeRobot `policies/common/flow_matching.py`, sample_time_beta.
     """
     first, second = (
-        torch._standard_gamma(torch.full((size,), float(shape)), generator=generator)
+        torch._standard_gamma(
+            torch.full((size,), float(shape), device=_place(generator)), generator=generator
+        )
         for shape in (alpha, beta)
     )
     return first / (first + second) * scale + offset
@@ -93,7 +95,12 @@ def logit_normal_time(size: int, mean: float = 0.0, std: float = 1.0, generator:
 
     Source: Esser et al. 2024 (Stable Diffusion 3), section 3.1.
     """
-    return torch.sigmoid(mean + std * torch.randn(size, generator=generator))
+    return torch.sigmoid(mean + std * torch.randn(size, generator=generator, device=_place(generator)))
+
+
+def _place(generator: Rng) -> torch.device:
+    """Where times are drawn: on the CPU, unless the generator is elsewhere."""
+    return torch.device("cpu") if generator is None else generator.device
 
 
 # --- from noise to actions ---------------------------------------------------------------------------------

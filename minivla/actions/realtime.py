@@ -64,8 +64,13 @@ class RTCConfig:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """The reverse; fields left out are at their defaults. Raises ValueError naming unknown ones."""
+    def from_json(cls, content: Mapping[str, Any] | Self) -> Self:
+        """The reverse; fields left out are at their defaults. A config is given back as it is. Raises
+        ValueError naming unknown fields.
+        """
+        if isinstance(content, cls):
+            return content
+        assert isinstance(content, Mapping)
         known = [field.name for field in fields(cls)]
         if unknown := [name for name in content if name not in known]:
             raise ValueError(f"rtc_config has unknown fields {', '.join(unknown)}; known: {', '.join(known)}")

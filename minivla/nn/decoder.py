@@ -65,6 +65,17 @@ class DecoderConfig:
     qk_norm: bool = False
     qkv_bias: bool = False
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for sizes that do not go together."""
+        if self.kv_heads < 1 or self.heads % self.kv_heads:
+            raise ValueError(
+                f"heads is {self.heads} and kv_heads {self.kv_heads}; expected kv_heads to divide heads"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}, expected an even number: channels turn in pairs")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation is {self.activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps), scaled; computed in float32, given back in the type of x.
@@ -149,7 +160,7 @@ class Cache:
     def before(self, layer: int, key: Tensor, value: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """The layer's first `start` keys and values with these behind them; nothing is kept.
 
-        What is behind those is there when a checkpointed layer runs again, and is what it put there itself.
+        Activation checkpointing runs a layer twice: what the first run put behind `start` is left out.
         """
         keys, values = self.keys[layer][..., :start, :], self.values[layer][..., :start, :]
         return torch.cat((keys, key), dim=-2), torch.cat((values, value), dim=-2)

@@ -94,7 +94,10 @@ class PaliGemma(nn.Module):
         self.grid = (vision.image_size // 8,) * 2 if compact_vision else vision.grid
 
     def embed_images(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] to tokens (B, L, D); SigLIP's weights may be of a wider type."""
+        """Images (B, 3, H, W) in [-1, 1] to tokens (B, L, D).
+
+        Computed in the projector's type, given back in the table's.
+        """
         seen = self.vision(images.to(self.projector.weight.dtype))
         if seen.ndim == 4:
             seen = rearrange(seen, "batch width y x -> batch (y x) width")
@@ -114,7 +117,7 @@ class PaliGemma(nn.Module):
                 f"token ids go from {ids.min()} to {ids.max()}, and the table has {len(table)} words: is the "
                 "tokenizer this policy's? Else make vocab_size as large as the tokenizer"
             ) from error
-        return rows * torch.tensor(table.shape[1] ** 0.5).to(table)
+        return rows * torch.tensor(table.shape[1] ** 0.5, dtype=table.dtype)
 
     def embed_prefix(self, images: Mapping[str, Tensor | None], ids: Tensor, valid: Tensor) -> Prefix:
         """All cameras, then the prompt.

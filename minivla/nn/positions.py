@@ -45,9 +45,11 @@ def sine_time(
     """Codes of a flow time (B,) in [0, 1]. Returns (B, width), float32: sines, then cosines.
 
     Periods grow geometrically from `shortest` to `longest`, both included. Angles reach 2π / shortest, so
-    that float32 and float64 differ: π0's JAX code reckons in the first, both PyTorch ports in the second.
+    that float32 and float64 differ: π0's JAX code reckons in the first, both PyTorch ports in the second
+    (and in the first on Apple's GPUs, which have no float64).
     Source: openpi `models/pi0.py`, posemb_sincos; LeRobot `policies/common/vla_utils.py`.
     """
+    dtype = torch.float32 if time.device.type == "mps" else dtype
     fraction = torch.linspace(0, 1, width // 2, dtype=dtype, device=time.device)
     period = shortest * (longest / shortest) ** fraction
     angle = rearrange(time.to(dtype), "batch -> batch 1") * (1.0 / period * 2 * math.pi)

@@ -104,6 +104,10 @@ class PI0Config(VLAConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.expect_least(noise_draws=1, num_inference_steps=1)
+        if self.expert.width % 2:
+            raise ValueError(
+                f"the expert's width is {self.expert.width}, expected an even one: sines, cosines"
+            )
 
     @property
     def expert(self) -> DecoderConfig:
@@ -189,7 +193,7 @@ class Suffix:
 
 
 class PI0(Policy):
-    """π0. What π0.5 changes are two methods, `_add_time` and `embed_suffix`."""
+    """π0. What π0.5 changes: `state`, `embed_suffix`, and what these need, `_add_time`, `condition_width`."""
 
     name: ClassVar[str] = "pi0"
     config_class: ClassVar[type[PolicyConfig]] = PI0Config
@@ -278,7 +282,7 @@ class PI0(Policy):
         shapes that do not fit and times out of range.
         """
         c, action = self.config, pad(expect_key(batch, ACTION), self.config.max_action_dim, ACTION)
-        self._expect_chunk(ACTION, action)
+        self._expect_chunk(ACTION, action, len(prompt(batch)[0]))
         draws = self._draws(len(action), time if noise is None else noise)
         action = action.to(self.action_in_proj.weight.dtype)
         action, state = (x.repeat_interleave(draws, dim=0) for x in (action, self.state(batch)))
@@ -309,10 +313,9 @@ class PI0(Policy):
             )
         return len(given) // samples
 
-    def _expect_chunk(self, name: str, chunk: Tensor, samples: int | None = None) -> None:
+    def _expect_chunk(self, name: str, chunk: Tensor, samples: int) -> None:
         """Raises ValueError unless a chunk is (samples, H, max_action_dim)."""
-        c = self.config
-        shape = (len(chunk) if samples is None else samples, c.chunk_size, c.max_action_dim)
+        shape = (samples, self.config.chunk_size, self.config.max_action_dim)
         if tuple(chunk.shape) != shape:
             raise ValueError(
                 f"{name} has shape {tuple(chunk.shape)}, expected {shape}: (B, chunk_size, max_action_dim)"
@@ -488,7 +491,7 @@ class PI05(PI0):
 
 
 def _expect_times(time: Tensor, samples: int) -> None:
-    if tuple(time.shape) != (samples,) or ((time < 0) | (time > 1)).any():
+    if tuple(time.shape) != (samples,) or not ((time >= 0) & (time <= 1)).all():
         raise ValueError(
             f"time has shape {tuple(time.shape)} and lies in [{time.min():.3g}, {time.max():.3g}], expected "
             f"({samples},), a number in [0, 1] for each row of noise"

@@ -45,7 +45,8 @@ TOKENIZER = "google/paligemma-3b-pt-224"
 class VLAConfig(PolicyConfig):
     """LeRobot's fields that π0, π0.5 and π0-FAST have in common; defaults are upstream's.
 
-    paligemma_variant, dtype: the language model's size; "float32", or "bfloat16" for all but vision and norms
+    paligemma_variant: the language model's size
+    dtype: "float32", or "bfloat16" for the decoder's matrices and the table of words
     chunk_size H, n_action_steps: actions predicted, and carried out before looking again
     max_state_dim, max_action_dim: shorter vectors are padded with zeros up to these
     image_resolution, empty_cameras: what SigLIP is shown; cameras added that are always absent
@@ -117,8 +118,8 @@ class VLAConfig(PolicyConfig):
                 f"{self.image_resolution}; leave image_size out, it follows"
             )
         if self.rtc_config is not None:
-            RTCConfig.from_json(self.rtc_config)
-        self.told = set[str]()  # warnings that were given
+            self.rtc_config = RTCConfig.from_json(self.rtc_config).to_json()
+        self.warned = set[str]()
         self._add_features()
 
     def expect_least(self, **least: float) -> None:
@@ -237,8 +238,8 @@ def look(config: VLAConfig, batch: Batch, *, absent_is: str = "masked") -> dict[
 
 
 def _warn_once(config: VLAConfig, message: str) -> None:
-    if message not in config.told:
-        config.told.add(message)
+    if message not in config.warned:
+        config.warned.add(message)
         warnings.warn(message, stacklevel=4)
 
 
@@ -250,7 +251,7 @@ def prompt(batch: Batch) -> tuple[Tensor, Tensor]:
             f"the batch has no {' and no '.join(missing)}; the policy reads tokens: give "
             "policy.preprocess(raw), with the instruction as raw['task']"
         )
-    return batch[keys[0]], batch[keys[1]]
+    return batch[keys[0]], batch[keys[1]].bool()
 
 
 def pad(vector: Tensor, size: int, name: str) -> Tensor:
@@ -293,7 +294,7 @@ def state_bins(state: Tensor) -> Tensor:
     Nothing is clipped first: -1 and 255 are how upstream's bins end (both openpi and LeRobot).
     """
     edges = torch.linspace(-1, 1, STATE_BINS + 1, dtype=torch.float64)[:-1]
-    return torch.bucketize(state.detach().double().cpu().contiguous(), edges, right=True) - 1
+    return torch.bucketize(state.detach().cpu().double().contiguous(), edges, right=True) - 1
 
 
 @register

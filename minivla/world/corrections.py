@@ -17,7 +17,7 @@ from minivla.world.demonstrations import Demonstrations, Frame, collect, finishe
 from minivla.world.tabletop import Tabletop
 
 LATEST = 0.75  # of an episode's steps, after which the expert has taken over
-PATIENCE = 10  # how many times running `together` episodes may give nothing
+PATIENCE = 10  # how many times running `batch_size` episodes may give nothing
 
 
 def corrections(
@@ -30,7 +30,7 @@ def corrections(
     cameras: Sequence[str] = ("table", "wrist"),
     split: str = "train",
     noise: float = 0.15,
-    together: int = 50,
+    batch_size: int = 50,
     progress: bool = False,
 ) -> Demonstrations:
     """Episodes that `policy` begins and the expert ends, `episodes` of them; only the expert's part is kept.
@@ -41,20 +41,20 @@ def corrections(
 
     policy: anything with `reset()` and `act(batch)`, a batch (B, …) of observations with `task`, a list of
     strings, to actions (B, A), such as a `minivla.Policy`; it acts as it does in `minivla.evaluate`.
-    together: how many episodes run at once.
+    batch_size: how many episodes step at once.
 
     The other arguments are those of `minivla.world.demonstrations`; the arm is "cartesian". Raises ValueError
     for unknown names and numbers out of range, RuntimeError where there is nothing to correct.
     """
-    if episodes < 1 or seed < 0 or together < 1 or not 0 <= noise < 1:
+    if episodes < 1 or seed < 0 or batch_size < 1 or not 0 <= noise < 1:
         raise ValueError(
-            f"episodes={episodes}, seed={seed}, together={together}, noise={noise}; expected ≥ 1, ≥ 0, ≥ 1 "
-            "and 0 ≤ noise < 1."
+            f"episodes={episodes}, seed={seed}, batch_size={batch_size}, noise={noise}; expected ≥ 1, "
+            "≥ 0, ≥ 1 and 0 ≤ noise < 1."
         )
     tasks = (task,) if isinstance(task, str) else tuple(task)
     if not tasks:
         raise ValueError("task is empty; expected one task, or several: task=('push', 'sort').")
-    kinds = itertools.islice(itertools.cycle(tasks), together)
+    kinds = itertools.islice(itertools.cycle(tasks), batch_size)
     envs = [Tabletop(kind, "cartesian", size, tuple(cameras), split=split) for kind in kinds]
     wanted = itertools.islice(_one_after_another(policy, envs, seed, noise), episodes)
     bar = tqdm(wanted, desc=f"{', '.join(tasks)} corrections", total=episodes, disable=not progress)
@@ -108,7 +108,7 @@ def _begun(
     solved = [False] * len(envs)
     tasks = [env.scene.instruction for env in envs]
     policy.reset()
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
         for step in range(max(limits)):
             batch = {

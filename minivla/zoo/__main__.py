@@ -32,7 +32,10 @@ def main() -> None:
     if options.measure:
         measured = measure(options.name, **where)
     else:
-        measured = cook(options.name, runs=options.runs, steps=options.steps, **where)
+        try:
+            measured = cook(options.name, runs=options.runs, steps=options.steps, **where)
+        except KeyboardInterrupt as stopped:
+            parser.exit(130, f"interrupted: {stopped}\n")
     for row, result in measured.items():
         print(f"{options.name}, {row}: {result}")
 

@@ -83,7 +83,10 @@ def _all_of_it(policy: Policy) -> Policy:
 def _train(
     policy: Policy, dataset: Any, output: Path, options: Mapping[str, Any]
 ) -> tuple[TrainResult, float]:
-    """Train, going on where an earlier run stopped; the result, and how many minutes it took in all."""
+    """Train, going on where an earlier run stopped; the result, and how many minutes it took in all.
+
+    Raises KeyboardInterrupt where Ctrl-C ended it before its last step: what comes next needs all of it.
+    """
     result = train(
         policy,
         dataset,
@@ -93,6 +96,8 @@ def _train(
         keep=2,
         **options,
     )
+    if result.interrupted:
+        raise KeyboardInterrupt(f"{output} stopped at step {result.step:,}; the same command goes on there")
     # The clock of the log goes on where an interrupted run stopped.
     return result, max((r["time"]["seconds"] for r in result.log if "time" in r), default=0) / 60
 
@@ -116,7 +121,7 @@ def card(recipe: Recipe, policy: Policy, measured: Mapping[str, str], minutes: f
         **({f"training, with those{_rounds(recipe)}": _told(recipe.again)} if recipe.corrected else {}),
         **({"the shipped run": recipe.differs} if recipe.differs else {}),
         **({"begun with": f"the eyes and words of {recipe.start}, trained before"} if recipe.start else {}),
-        "time to train": f"{minutes:.0f} minutes, CPU threads: {torch.get_num_threads()}",
+        "time to train": f"{minutes:.0f} minutes{_apart(recipe)}, CPU threads: {torch.get_num_threads()}",
         **measured,
         "measured": f"95 % Wilson interval, unseen seeds from {UNSEEN:,} on",
         "clipped": CLIPPED,
@@ -135,6 +140,13 @@ def _told(options: Mapping[str, Any]) -> str:
 def _corrected(recipe: Recipe) -> str:
     rounds = [", ".join(f"{n} of `{task}`" for task, n in each.items()) for each in recipe.corrected]
     return f"episodes that it began and the expert ended: {'; then '.join(rounds)}"
+
+
+def _apart(recipe: Recipe) -> str:
+    """What the minutes of training do not count."""
+    parts = {"eyes and words": recipe.before, "corrections": recipe.corrected}
+    apart = " and ".join(name for name, there in parts.items() if there)
+    return f" ({apart} apart)" if apart else ""
 
 
 def _rounds(recipe: Recipe) -> str:

@@ -212,6 +212,7 @@ def _learn(
         nn.utils.clip_grad_norm_(module.parameters(), 10.0)
         optimizer.step()
         losses.append(loss.item())
+    module.zero_grad()  # the next training shall not begin with the last gradients of this one
     for parameter in frozen:
         parameter.requires_grad_(False)
     return losses

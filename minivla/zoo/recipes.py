@@ -290,8 +290,8 @@ def _ground(policy: Any, dataset: Any) -> None:
 
 STREAM = {"width": 96, "layers": 4, "mlp": 192, "heads": 4, "kv_heads": 1, "head_dim": 48}
 PROMPT = f"Task: , State: {StatePrompt.ending}"
-EVERY = ("reach", "push", "pick_place", "detour", "sort")
-BOTH = ("detour", "pick_place")
+ALL_TASKS = ("reach", "push", "pick_place", "detour", "sort")
+TWO_TASKS = ("detour", "pick_place")
 SAMPLERS: tuple[Mapping[str, Any], ...] = (
     *({"noise_scheduler_type": "DDPM", "num_inference_steps": steps} for steps in (100, 25, 10)),
     *({"noise_scheduler_type": "DDIM", "num_inference_steps": steps} for steps in (25, 10, 5, 2, 1)),
@@ -299,11 +299,17 @@ SAMPLERS: tuple[Mapping[str, Any], ...] = (
 LOOKING_AGAIN: tuple[Mapping[str, Any], ...] = tuple(
     {"n_action_steps": steps} for steps in (1, 2, 4, 8, 12, 15)
 )
-EITHER = {"warmup_steps": 200, "ema": 0.999, "grad_clip": 1.0}
-LEARNING = {"steps": 4_000, "batch_size": 32, "schedule": "constant", **EITHER}
-WHOLE = {"steps": 5_000, "batch_size": 16, "lr": 5e-4, **EITHER}
-SPELLING = EITHER | {"steps": 400, "batch_size": 16, "schedule": "constant", "warmup_steps": 50, "ema": 0.99}
-SPEAKING = EITHER | {"steps": 13_000, "batch_size": 16, "lr": 7e-4, "warmup_steps": 300}
+COMMON = {"warmup_steps": 200, "ema": 0.999, "grad_clip": 1.0}
+LEARNING = {"steps": 4_000, "batch_size": 32, "schedule": "constant", **COMMON}
+WHOLE = {"steps": 5_000, "batch_size": 16, "lr": 5e-4, **COMMON}
+SPELLING = COMMON | {
+    "steps": 400,
+    "batch_size": 16,
+    "schedule": "constant",
+    "warmup_steps": 50,
+    "ema": 0.99,
+}
+SPEAKING = COMMON | {"steps": 13_000, "batch_size": 16, "lr": 7e-4, "warmup_steps": 300}
 CORRECTED = {"push": 1_500, "sort": 900, "detour": 250, "pick_place": 250}
 AGAIN = WHOLE | {"steps": 8_000}
 SHIPPED = (
@@ -312,7 +318,7 @@ SHIPPED = (
 )
 CORRECTING = "; where it was corrected it looked again after four actions and took five steps of the flow"
 STEPS: tuple[Mapping[str, Any], ...] = tuple(
-    {"num_inference_steps": steps, "tasks": BOTH} for steps in (1, 2, 5, 10)
+    {"num_inference_steps": steps, "tasks": TWO_TASKS} for steps in (1, 2, 5, 10)
 )
 WAITING: tuple[Mapping[str, Any], ...] = (
     {"delay": 0, "strategy": "asynchronous", "tasks": ("detour",)},
@@ -337,7 +343,7 @@ RECIPES: dict[str, Recipe] = {
     "diffusion-tabletop": Recipe(
         name="diffusion-tabletop",
         make=_diffusion,
-        tasks=BOTH,
+        tasks=TWO_TASKS,
         episodes=1_600,
         training={"steps": 12_000, "batch_size": 64, "warmup_steps": 500, "ema": 0.999},
         experiments=SAMPLERS + LOOKING_AGAIN,
@@ -345,7 +351,7 @@ RECIPES: dict[str, Recipe] = {
     "vqbet-tabletop": Recipe(
         name="vqbet-tabletop",
         make=_vqbet,
-        tasks=BOTH,
+        tasks=TWO_TASKS,
         episodes=1_600,
         training={"steps": 15_000, "batch_size": 64, "warmup_steps": 500, "ema": 0.999},
         start="diffusion-tabletop",
@@ -356,7 +362,7 @@ RECIPES: dict[str, Recipe] = {
     "pi0-tabletop": Recipe(
         name="pi0-tabletop",
         make=_pi0,
-        tasks=EVERY,
+        tasks=ALL_TASKS,
         episodes=4_000,
         before=_ground,
         training=LEARNING,
@@ -371,7 +377,7 @@ RECIPES: dict[str, Recipe] = {
     "pi05-tabletop": Recipe(
         name="pi05-tabletop",
         make=_pi05,
-        tasks=EVERY,
+        tasks=ALL_TASKS,
         episodes=4_000,
         start="pi0-tabletop",
         training=LEARNING,
@@ -384,7 +390,7 @@ RECIPES: dict[str, Recipe] = {
     "pi0fast-tabletop": Recipe(
         name="pi0fast-tabletop",
         make=_pi0fast,
-        tasks=EVERY,
+        tasks=ALL_TASKS,
         episodes=4_000,
         start="pi0-tabletop",
         training=SPELLING,

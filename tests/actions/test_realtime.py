@@ -20,6 +20,7 @@ from minivla.actions.realtime import (
     smooth,
 )
 from tests.parity import relative_error
+from tests.policies.small_vla import statistics, tiny_pi, tiny_raw
 
 BATCH, HORIZON, SIZE = 3, 8, 4
 NOISE_FIRST, NOISE_LAST = Convention("noise first", 0), Convention("noise last", 1)
@@ -156,6 +157,30 @@ def test_config_json_is_lerobots(tmp_path):
     assert ours == RTCConfig(True, "EXP", 3.5, 7)
     assert json.loads(json.dumps(ours.to_json())) == written
     assert vars(RTCConfig()) == vars(LeRobotConfig())
+
+
+def test_a_policy_takes_the_config_itself_or_what_a_file_holds():
+    rtc, (noise, previous) = RTCConfig(execution_horizon=4), torch.randn(2, 2, 6, 7)
+    one, other, later = (
+        tiny_pi("pi0", statistics(), rtc_config=given) for given in (rtc, rtc.to_json(), None)
+    )
+    assert one.config.to_json() == other.config.to_json()
+    assert one.config.to_json()["rtc_config"] == rtc.to_json()
+    for policy in (other, later):
+        policy.load_state_dict(one.state_dict())
+    later.config.rtc_config = rtc
+    chunks = [
+        policy.predict_action_chunk(
+            policy.preprocess(tiny_raw()),
+            noise=noise,
+            prev_chunk_left_over=previous[..., :4],
+            inference_delay=1,
+        )
+        for policy in (one, other, later)
+    ]
+    assert torch.equal(chunks[0], chunks[1])
+    assert torch.equal(chunks[0], chunks[2])
+    assert not torch.equal(chunks[0], one.predict_action_chunk(one.preprocess(tiny_raw()), noise=noise))
 
 
 # --- what is known exactly ---------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ def step_of(policy: Any, kind: type) -> Any:
         ({"noise": torch.randn(2, 6, 7), "time": torch.rand(1)}, r"expected \(2,\)"),
         ({"time": torch.rand(2, 1)}, r"time has shape \(2, 1\)"),
         ({"time": torch.tensor([0.5, 5.0])}, r"lies in \[0.5, 5\]"),
+        ({"time": torch.tensor([0.5, float("nan")])}, r"lies in \[nan, nan\], expected"),
         ({"time": torch.rand(3)}, "3 rows, the batch 2 samples"),
     ],
 )
@@ -86,10 +87,23 @@ def test_actions_that_are_absent_or_too_short(name: str) -> None:
         policy(without)
     with pytest.raises(ValueError, match=r"action has shape \(2, 5, 7\), expected \(2, 6, 7\)"):
         policy(batch | {"action": batch["action"][:, :5]})
+    with pytest.raises(ValueError, match=r"action has shape \(4, 6, 7\), expected \(2, 6, 7\)"):
+        policy(batch | {"action": batch["action"].repeat(2, 1, 1)})
     with pytest.raises(
         ValueError, match="action has 9 numbers, the policy takes 7 at most; raise max_action"
     ):
         policy(batch | {"action": torch.zeros(2, 6, 9)})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mask_of_integers_is_one_of_booleans(name: str) -> None:
+    policy, batch = prepared(name)
+    key, noise = "observation.language.attention_mask", torch.randn(2, 6, 7)
+    chunks = [
+        policy.predict_action_chunk(batch | {key: mask}, noise=noise)
+        for mask in (batch[key], batch[key].long())
+    ]
+    assert torch.equal(*chunks)
 
 
 def test_a_state_that_is_absent() -> None:
@@ -123,7 +137,7 @@ def test_each_policy_warns_of_its_own() -> None:
         del raw[WRIST]
         with pytest.warns(UserWarning, match=f"no {WRIST} in the batch"):
             policy.predict_action_chunk(policy.preprocess(raw))
-    assert not replace(policy.config).told  # a copy warns of its own, too
+    assert not replace(policy.config).warned  # a copy warns of its own, too
 
 
 # --- settings ----------------------------------------------------------------------------------------------
@@ -137,6 +151,10 @@ def test_each_policy_warns_of_its_own() -> None:
         ({"vision_size": {"image_size": 32}}, "image_size 32, image_resolution is .* leave image_size out"),
         ({"expert_size": {"widht": 2}}, "a size names widht; expected some of width, layers"),
         ({"vision_size": {"depth": 2}}, "a size names depth; expected some of"),
+        ({"expert_size": {"width": 31}}, "the expert's width is 31, expected an even one"),
+        ({"language_size": {"heads": 3, "kv_heads": 2}}, "heads is 3 and kv_heads 2; expected kv_heads to"),
+        ({"language_size": {"head_dim": 7}}, "head_dim is 7, expected an even number"),
+        ({"language_size": {"activation": "relu"}}, "activation is 'relu', expected one of gelu_tanh, silu"),
         ({"rtc_config": {"execution_horizn": 4}}, "rtc_config has unknown fields execution_horizn"),
         ({"rtc_config": {"execution_horizon": -4}}, "execution_horizon is -4"),
     ],

@@ -27,9 +27,16 @@ class Stray:
         return HOME.expand(len(batch["task"]), 3)
 
 
+class Shaky(Stray):
+    """Draws what it does, as a policy draws noise."""
+
+    def act(self, batch: dict[str, Any]) -> torch.Tensor:
+        return torch.rand(len(batch["task"]), 3) * 2 - 1
+
+
 def test_episodes_begin_where_the_policy_led_and_end_in_success() -> None:
     stray = Stray()
-    data = world.corrections(stray, ("reach", "pick_place"), 6, seed=3, together=4)
+    data = world.corrections(stray, ("reach", "pick_place"), 6, seed=3, batch_size=4)
     first = data.columns["observation.state"][data.starts[:-1]]
     plain = world.demonstrations(("reach", "pick_place"), 6, seed=3)
     usual = plain.columns["observation.state"][plain.starts[:-1]]
@@ -44,7 +51,7 @@ def test_episodes_begin_where_the_policy_led_and_end_in_success() -> None:
 
 def test_the_policy_sees_what_evaluation_would_show_it() -> None:
     stray = Stray()
-    world.corrections(stray, "reach", 2, seed=0, together=3, size=32, cameras=("table",))
+    world.corrections(stray, "reach", 2, seed=0, batch_size=3, size=32, cameras=("table",))
     batch = stray.shown[0]
     assert batch["observation.images.table"].shape == (3, 32, 32, 3)
     assert batch["observation.images.table"].dtype == torch.uint8
@@ -53,8 +60,16 @@ def test_the_policy_sees_what_evaluation_would_show_it() -> None:
     assert len(stray.shown) <= LATEST * 40 * 2
 
 
-def test_same_seed_same_episodes() -> None:
-    one, again, other = (world.corrections(Stray(), "push", 4, seed=s, together=4) for s in (5, 5, 6))
+@pytest.mark.parametrize("policy", [Stray, Shaky])
+def test_same_seed_same_episodes(policy: type[Stray]) -> None:
+    """A policy's draws follow the seed too; those of the caller go on as if nothing had been drawn."""
+    torch.manual_seed(0)
+    expected = torch.rand(2)
+    torch.manual_seed(0)
+    drawn = [torch.rand(())]
+    one, again, other = (world.corrections(policy(), "push", 4, seed=s, batch_size=4) for s in (5, 5, 6))
+    drawn.append(torch.rand(()))
+    assert torch.equal(torch.stack(drawn), expected)
     for key, column in one.columns.items():
         np.testing.assert_array_equal(column, again.columns[key])
     assert one.columns["action"].shape != other.columns["action"].shape or not np.array_equal(
@@ -63,7 +78,7 @@ def test_same_seed_same_episodes() -> None:
 
 
 def test_recorded_is_what_the_expert_wants_not_what_the_policy_did() -> None:
-    data = world.corrections(Stray(), "reach", 3, seed=1, together=3, noise=0.0)
+    data = world.corrections(Stray(), "reach", 3, seed=1, batch_size=3, noise=0.0)
     plain = world.demonstrations("reach", 3, seed=1, noise=0.0)
     for dataset in (data, plain):  # the expert never closes its fingers to reach, and moves towards the block
         assert (dataset.columns["action"][:, 2] == -1).all()
@@ -80,7 +95,7 @@ def test_nothing_to_correct(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(sys.modules["minivla.world.corrections"], "Tabletop", Solved)
     with pytest.raises(RuntimeError, match="20 episodes of reach left nothing to correct"):
-        world.corrections(Stray(), "reach", 1, seed=0, together=2)
+        world.corrections(Stray(), "reach", 1, seed=0, batch_size=2)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +103,7 @@ def test_nothing_to_correct(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"episodes": 0}, "expected ≥ 1"),
         ({"seed": -1}, "expected ≥ 1, ≥ 0"),
-        ({"together": 0}, "together=0"),
+        ({"batch_size": 0}, "batch_size=0"),
         ({"noise": 1.0}, "0 ≤ noise < 1"),
         ({"task": ()}, "task is empty"),
         ({"task": "fly"}, "fly"),
