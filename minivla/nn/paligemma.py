@@ -104,7 +104,7 @@ class PaliGemma(nn.Module):
         out: Tensor = self.projector(seen).to(self.embedding.weight.dtype)
         return out
 
-    def embed_words(self, ids: Tensor) -> Tensor:
+    def embed_tokens(self, ids: Tensor) -> Tensor:
         """Token ids (B, L) to tokens (B, L, D), their table rows times √D, rounded to the table's type.
 
         Raises ValueError, on the CPU, for an id that the table has no row for.
@@ -133,7 +133,7 @@ class PaliGemma(nn.Module):
         seen = dict(zip(present, patches, strict=True))
         blank = torch.zeros_like(patches[0])
         recorder.spell("prompt", ids)
-        words = self.embed_words(ids)
+        words = self.embed_tokens(ids)
         there = torch.tensor([camera in present for camera in images], device=valid.device)
         real = repeat(there, "camera -> batch (camera patch)", batch=len(ids), patch=length)
         return Prefix(

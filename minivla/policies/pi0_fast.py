@@ -1,4 +1,4 @@
-"""π0-FAST: a language model that sees, and says its actions in words.
+"""π0-FAST: a language model that sees, and says its actions in tokens.
 
 Paper: Pertsch et al. 2025, "FAST: Efficient Action Tokenization for Vision-Language-Action Models" (arXiv
 2501.09747). Upstream: LeRobot 0.6 `policies/pi0_fast/modeling_pi0_fast.py`; openpi `models/pi0_fast.py` and
@@ -64,12 +64,12 @@ ACTION_TOKENS, ACTION_TOKEN_MASK = f"{ACTION}.tokens", f"{ACTION}.token_mask"
 class PI0FastConfig(VLAConfig):
     """LeRobot's PI0FastConfig; what is not told here is in `VLAConfig`.
 
-    text_tokenizer_name, action_tokenizer_name: hub repositories or folders, of the words and of FAST
-    max_action_tokens, max_decoding_steps: places for a chunk's words in training; words said, at most
-    temperature: 0 for the likeliest word
+    text_tokenizer_name, action_tokenizer_name: hub repositories or folders, of PaliGemma's and FAST's
+    max_action_tokens, max_decoding_steps: places for a chunk's tokens in training; tokens said, at most
+    temperature: 0 for the likeliest token
     fast_skip_tokens: ids at the very end of the vocabulary that FAST leaves alone
     validate_action_token_prefix: whether an answer that does not begin with "Action:" is an error
-    use_kv_cache: whether keys and values are kept, or computed anew for each word
+    use_kv_cache: whether keys and values are kept, or computed anew for each token
 
     openpi normalises by quantiles, LeRobot's default is by mean and deviation. `rtc_config` and
     `action_expert_variant` have no effect, as upstream. Raises ValueError as `VLAConfig`, and for numbers out
@@ -106,7 +106,7 @@ class PI0FastConfig(VLAConfig):
             )
 
     def arrange_steps(self, before: list[Step], after: list[Step]) -> tuple[list[Step], list[Step]]:
-        """State and action are scaled first, then written as words."""
+        """State and action are scaled first, then written as tokens."""
         first, device, scale = before_tokens(before)
         relative, absolute = relative_steps(self)
         return [*first, relative, scale, *self.text_steps(), *device], [after[0], absolute, *after[1:]]
@@ -116,11 +116,11 @@ class PI0FastConfig(VLAConfig):
         return [
             FastPrompt(max_state_dim=self.max_state_dim, openpi=self.upstream == "openpi"),
             Tokenize(self.text_tokenizer_name, max_length=self.tokenizer_max_length),
-            self.action_words(),
+            self.action_tokens(),
         ]
 
-    def action_words(self) -> TokenizeActions:
-        """The step that writes chunks as words, and reads them."""
+    def action_tokens(self) -> TokenizeActions:
+        """The step that writes chunks as tokens, and reads them."""
         return TokenizeActions(
             self.action_tokenizer_name, max_action_tokens=self.max_action_tokens,
             fast_skip_tokens=self.fast_skip_tokens, paligemma_tokenizer_name=self.text_tokenizer_name,
@@ -152,10 +152,10 @@ class FastPrompt(StatePrompt):
 @register
 @dataclass(repr=False)
 class TokenizeActions(Step):
-    """A chunk as words: adds `action.tokens` (B, max_action_tokens) and `action.token_mask` to a batch that
+    """A chunk as tokens: adds `action.tokens` (B, max_action_tokens) and `action.token_mask` to a batch that
     has an `action` (B, H, A), normalised (`minivla.actions.sentences`).
 
-    The tokenizers, of words and of FAST, are loaded when first needed, or given to `use`: then they are saved
+    The tokenizers, of text and of FAST, are loaded when first needed, or given to `use`: then they are saved
     with the checkpoint, and "tokenizer" and "action_tokenizer" name folders inside it. `trust_remote_code` is
     LeRobot's: nothing that is fetched is ever run here. Minivla only: `vocab_size`, how many ids the language
     model has, and `openpi`, whose way is followed.
@@ -226,7 +226,7 @@ class TokenizeActions(Step):
         return {k: v for k, v in settings.items() if k in always or v != getattr(TokenizeActions, k)}
 
     def write_files(self, folder: Path) -> None:
-        """FAST itself, when it has no other place (`Tokenize` does so with the words)."""
+        """FAST itself, when it has no other place (`Tokenize` does so with the text's)."""
         if self.action_tokenizer_name == self.FOLDER:
             self.sentences.fast.save(folder / self.FOLDER)
 
@@ -261,7 +261,7 @@ class PI0Fast(Policy):
         self.lm_head = nn.Linear(config.language.width, config.vocab_size, bias=False)
         self.paligemma.decoder.checkpointing = config.gradient_checkpointing
         compile_decoder(self.paligemma, config, graphs=False)
-        self.openpi, self._own_words = config.upstream == "openpi", config.action_words()
+        self.openpi, self._own_tokens = config.upstream == "openpi", config.action_tokens()
         set_precision(self, config.dtype)
         if self.openpi:  # the table is read from and written with; LeRobot has lost the tie
             self.lm_head.weight = self.paligemma.embedding.weight
@@ -288,11 +288,11 @@ class PI0Fast(Policy):
 
     @property
     def sentences(self) -> Sentences:
-        """What writes chunks as words and reads them: the preprocessor's, or one of our own."""
+        """What writes chunks as tokens and reads them: the preprocessor's, or one of our own."""
         return next(step for step in self._steps() if isinstance(step, TokenizeActions)).sentences
 
     def _steps(self) -> list[Step]:
-        return [*(self.preprocessor.steps if self.preprocessor else ()), self._own_words]
+        return [*(self.preprocessor.steps if self.preprocessor else ()), self._own_tokens]
 
     def use_tokenizers(self, *, text: Any = None, fast: FastTokenizer | None = None) -> None:
         """Give tokenizers as objects, in place of those that the config names; `save` keeps them."""
@@ -301,39 +301,39 @@ class PI0Fast(Policy):
                 step.use(text=text, fast=fast)
             if isinstance(step, Tokenize) and text is not None:
                 step.tokenizer = text
-        own, self.config.action_tokenizer_name = self._own_words, self._own_words.action_tokenizer_name
+        own, self.config.action_tokenizer_name = self._own_tokens, self._own_tokens.action_tokenizer_name
         self.config.text_tokenizer_name = own.paligemma_tokenizer_name
 
     def forward(
         self, batch: Batch, *, noise: Draw = None, time: Draw = None, generator: Rng = None
     ) -> tuple[Tensor, dict[str, float]]:
-        """Cross-entropy of each next word: LeRobot's mean is over all words of the batch, openpi's over each
-        sample's first. noise, time and generator are unused. Raises KeyError for a batch without words.
+        """Cross-entropy of each next token: LeRobot's mean is over all of the batch, openpi's over each
+        sample's first. noise, time and generator are unused. Raises KeyError without action tokens.
         """
         ids, valid = self._said(batch)
         prefix = self.embed_prefix(batch)
         last, length = _last(prefix.valid), prefix.tokens.shape[1]
         mask, positions = self.lay_out(prefix, valid, decoding=False)
         recorder.spell("action tokens", ids)
-        tokens = torch.cat((prefix.tokens, self.paligemma.embed_words(ids)), dim=1)
+        tokens = torch.cat((prefix.tokens, self.paligemma.embed_tokens(ids)), dim=1)
         out = self.paligemma.decoder({"prefix": tokens}, mask, positions)["prefix"]
         hidden = out[:, length:-1]
-        if self.openpi:  # the prompt's end foretells the first word; LeRobot's first is <bos>, and given
+        if self.openpi:  # the prompt's end foretells the first token; LeRobot's first is <bos>, and given
             hidden = torch.cat((out[torch.arange(len(out)), last, None], hidden), dim=1)
         logits = self.lm_head(hidden)
         recorder.keep("logits", logits)
         ids, valid = (x[:, -logits.shape[1] :] for x in (ids, valid.float()))
-        classes = rearrange(logits, "batch token word -> batch word token")
+        classes = rearrange(logits, "batch token vocabulary -> batch vocabulary token")
         error = F.cross_entropy(classes, ids, reduction="none")
         over = 1 if self.openpi else (0, 1)
         loss = ((error * valid).sum(over) / valid.sum(over).clamp(min=1)).mean()
         return loss, dict.fromkeys(("loss", "ce_loss"), loss.item())
 
     def _said(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The actions' words (B, L) and which are real (B, L), without places that nobody fills."""
+        """The action tokens' ids (B, L) and which are real (B, L), without places that nobody fills."""
         if missing := [key for key in (ACTION_TOKENS, ACTION_TOKEN_MASK) if key not in batch]:
             raise MissingKey(
-                f"the batch has no {' and no '.join(missing)}; the loss needs the actions as words: give "
+                f"the batch has no {' and no '.join(missing)}; the loss needs the actions as tokens: give "
                 f"policy.preprocess(raw), with raw['{ACTION}'] (B, {self.config.chunk_size}, A)"
             )
         ids, valid = batch[ACTION_TOKENS], batch[ACTION_TOKEN_MASK]
@@ -344,7 +344,7 @@ class PI0Fast(Policy):
     def predict_action_chunk(
         self, batch: Batch, *, noise: Draw = None, steps: int | None = None, generator: Rng = None
     ) -> Tensor:
-        """The chunk, normalised, after at most `steps` words: (B, n_action_steps, A) as LeRobot decodes it,
+        """The chunk, normalised, after at most `steps` tokens: (B, n_action_steps, A) as LeRobot decodes it,
         (B, H, A) with `upstream` "openpi". `noise` is unused: chance comes in by `temperature`, from
         `generator`.
 
@@ -371,7 +371,7 @@ class PI0Fast(Policy):
     def generate(self, batch: Batch, steps: int, generator: Rng = None) -> Tensor:
         """What the policy says: ids (B, L), at most `steps`. Raises ValueError for fewer than one."""
         if steps < 1:
-            raise ValueError(f"steps is {steps}, expected 1 or more: the words that may be said")
+            raise ValueError(f"steps is {steps}, expected 1 or more: the tokens that may be said")
         prefix = self.embed_prefix(batch, decoding=True)
         tokens, last, length = prefix.tokens, _last(prefix.valid), prefix.tokens.shape[1]
         mask, positions = self.lay_out(prefix, prefix.valid.new_ones(len(tokens), steps), decoding=True)
@@ -384,7 +384,7 @@ class PI0Fast(Policy):
             logits = self.lm_head(out[:, -1] if said else out[torch.arange(len(out)), last])
             recorder.keep_step("logits", logits)
             said.append(self.choose(logits, generator))
-            tokens = torch.cat((tokens, self.paligemma.embed_words(said[-1])), dim=1)
+            tokens = torch.cat((tokens, self.paligemma.embed_tokens(said[-1])), dim=1)
             if self.is_over(ids := torch.cat(said, dim=1)):
                 break
         recorder.spell("action tokens", ids[:, :-1])
@@ -393,7 +393,7 @@ class PI0Fast(Policy):
         return ids
 
     def choose(self, logits: Tensor, generator: Rng = None) -> Tensor:
-        """The next word (B, 1) from logits (B, vocabulary): the likeliest, or drawn by `temperature`."""
+        """The next token (B, 1) from logits (B, vocabulary): the likeliest, or drawn by `temperature`."""
         if self.config.temperature == 0:
             return logits.argmax(dim=-1, keepdim=True)
         chances = (logits / self.config.temperature).softmax(dim=-1)
@@ -402,7 +402,7 @@ class PI0Fast(Policy):
 
     def is_over(self, ids: Tensor) -> bool:
         """After ids (B, L), is all said? LeRobot stops when each sample has said "|", and goes on to the end
-        when words are drawn; openpi stops when all say <eos> at once. What comes later is not read.
+        when tokens are drawn; openpi stops when all say <eos> at once. What comes later is not read.
         """
         marks = self.sentences.marks
         if self.openpi:
@@ -426,11 +426,11 @@ class PI0Fast(Policy):
         prefix = self.paligemma.embed_prefix(images, ids, valid)
         return prefix if keeps_padding(self.config) else prefix.without_padding()
 
-    def _segments(self, prefix: Prefix, words: int) -> list[Segment]:
-        return arrange([*prefix.segments, Segment("action tokens", "action", words, block=1, rule="causal")])
+    def _segments(self, prefix: Prefix, said: int) -> list[Segment]:
+        return arrange([*prefix.segments, Segment("action tokens", "action", said, block=1, rule="causal")])
 
     def lay_out(self, prefix: Prefix, valid: Tensor, *, decoding: bool) -> tuple[Tensor, Tensor]:
-        """Mask (B, L, L) and positions (B, L) of prefix and words, of which `valid` (B, words) are real."""
+        """Mask (B, L, L) and positions (B, L) of prefix and what is said, of which `valid` (B, said) is real."""
         segments = self._segments(prefix, valid.shape[1])
         every = torch.cat((prefix.valid, valid), dim=1)
         mask, positions = segment_mask(segments, every), valid_positions(every)

@@ -281,7 +281,7 @@ class Subject:
         return self._in_words({**self.batch, **tame, **chunk})
 
     def _in_words(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A training batch, with its actions as words for a policy that reads those (π0-FAST)."""
+        """A training batch, with its actions as tokens for a policy that reads those (π0-FAST)."""
         steps = getattr(self.preprocessor, "steps", ())
         writes = (step for step in steps if getattr(type(step), "registry_name", "") == ACTION_WORDS)
         return next((step(batch) for step in writes), batch)

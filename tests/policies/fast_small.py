@@ -91,7 +91,7 @@ def tiny_fast(case: Case = EVERYTHING, *, stats: Any = None, **settings: Any) ->
 
 
 def fast_batch(policy: PI0Fast, case: Case = EVERYTHING, seed: int = 1) -> dict[str, Tensor]:
-    """A normalised batch with its actions as words."""
+    """A normalised batch with its actions as tokens."""
     batch = make_batch(case, seed) | {"action": chunks(len(case.prompts), seed)}
     (step,) = (step for step in policy._steps() if step.registry_name == "action_tokenizer_processor")
     return step(batch)

@@ -111,7 +111,7 @@ def test_two_experts_together_the_prefix_alone_and_the_suffix_on_its_cache(name)
     out = {n.removeprefix("outputs/"): x for n, x in stored.items() if n.startswith("outputs/")}
     mask, positions, valid = given["attn_mask"], given["positions"].long(), given["input_mask"]
     told = {"suffix": given["expert1_cond"]} if "expert1_cond" in given else {}
-    words, length = model.embed_words(given["token_ids"]), given["token_ids"].shape[1]
+    words, length = model.embed_tokens(given["token_ids"]), given["token_ids"].shape[1]
     same(words, out["expert0_embeddings"], PARTS)
     both = {"prefix": words, "suffix": given["expert1_embeddings"]}
     cache = Cache()
