@@ -430,7 +430,7 @@ class PI0Fast(Policy):
         return arrange([*prefix.segments, Segment("action tokens", "action", said, block=1, rule="causal")])
 
     def lay_out(self, prefix: Prefix, valid: Tensor, *, decoding: bool) -> tuple[Tensor, Tensor]:
-        """Mask (B, L, L) and positions (B, L) of prefix and what is said, of which `valid` (B, said) is real."""
+        """Mask (B, L, L) and positions (B, L) of prefix and what is said; `valid` (B, said): the real."""
         segments = self._segments(prefix, valid.shape[1])
         every = torch.cat((prefix.valid, valid), dim=1)
         mask, positions = segment_mask(segments, every), valid_positions(every)
