@@ -82,6 +82,7 @@ def test_a_checkpoint_does_on_twenty_seeds_what_its_card_says(name):
     told = lower_ends(name)
     assert len(told) == 2 * len(RECIPES[name].tasks)
     for row, result in measure(name, episodes=20).items():
+        assert result.success >= 0.65 or not reaches_its_aim(name, row), f"{row}: {result}"
         if row in told:
             assert chance_of_so_few(round(20 * result.success), 20, told[row]) > 1e-3, f"{row}: {result}"
 
@@ -91,7 +92,13 @@ def test_a_checkpoint_does_on_twenty_seeds_what_its_card_says(name):
 def test_a_checkpoint_does_on_two_hundred_seeds_what_its_card_says(name):
     told = lower_ends(name)
     for row, result in measure(name).items():
+        assert result.high >= RECIPES[name].aim or not reaches_its_aim(name, row), f"{row}: {result}"
         assert row not in told or result.high >= told[row], f"{row}: {result}"
+
+
+def reaches_its_aim(name: str, row: str) -> bool:
+    """Whether a row of `measure` is one of those that the recipe's aim is about, and not listed as missed."""
+    return row.startswith("success") and row.removeprefix("success, ") not in RECIPES[name].missed
 
 
 def lower_ends(name: str) -> dict[str, float]:

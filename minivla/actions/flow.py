@@ -98,9 +98,9 @@ def logit_normal_time(size: int, mean: float = 0.0, std: float = 1.0, generator:
     return torch.sigmoid(mean + std * torch.randn(size, generator=generator, device=_place(generator)))
 
 
-def _place(generator: Rng) -> torch.device:
-    """Where times are drawn: on the CPU, unless the generator is elsewhere."""
-    return torch.device("cpu") if generator is None else generator.device
+def _place(generator: Rng, otherwise: torch.device | str = "cpu") -> torch.device | str:
+    """Where numbers are drawn: where the generator is, and `otherwise` without one."""
+    return otherwise if generator is None else generator.device
 
 
 # --- from noise to actions ---------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def draw_noise(shape: tuple[int, ...], like: Tensor, generator: Rng = None) -> T
     """Standard normal, with the dtype and device of `like`. A generator on the CPU draws there, so that a
     seed gives one chunk on every device.
     """
-    place = like.device if generator is None else generator.device
+    place = _place(generator, like.device)
     return torch.randn(shape, generator=generator, device=place, dtype=like.dtype).to(like.device)
 
 

@@ -66,11 +66,12 @@ class RTCConfig:
     @classmethod
     def from_json(cls, content: Mapping[str, Any] | Self) -> Self:
         """The reverse; fields left out are at their defaults. A config is given back as it is. Raises
-        ValueError naming unknown fields.
+        ValueError naming unknown fields, and for what is neither.
         """
         if isinstance(content, cls):
             return content
-        assert isinstance(content, Mapping)
+        if not isinstance(content, Mapping):
+            raise ValueError(f"rtc_config is {content!r}, expected an RTCConfig or a mapping of its fields")
         known = [field.name for field in fields(cls)]
         if unknown := [name for name in content if name not in known]:
             raise ValueError(f"rtc_config has unknown fields {', '.join(unknown)}; known: {', '.join(known)}")

@@ -119,7 +119,7 @@ class VLAConfig(PolicyConfig):
             )
         if self.rtc_config is not None:
             self.rtc_config = RTCConfig.from_json(self.rtc_config).to_json()
-        self.warned = set[str]()
+        self.warned = set[str]()  # what this config has warned of; no field, so it is not saved
         self._add_features()
 
     def expect_least(self, **least: float) -> None:

@@ -312,7 +312,7 @@ SPELLING = COMMON | {
 }
 SPEAKING = COMMON | {"steps": 13_000, "batch_size": 16, "lr": 7e-4, "warmup_steps": 300}
 CORRECTED = {"push": 1_500, "sort": 900, "detour": 250, "pick_place": 250}
-MISSED = {"push": 1_000, "sort": 1_000}
+CORRECTED_AGAIN = {"push": 1_000, "sort": 1_000}
 AGAIN = WHOLE | {"steps": 8_000}
 SHIPPED = (
     "the first training was stopped at step 4,000 of a cosine over 8,000 and took two draws of noise, not "
@@ -369,7 +369,7 @@ RECIPES: dict[str, Recipe] = {
         before=_ground,
         training=LEARNING,
         whole=WHOLE,
-        corrected=(CORRECTED, MISSED),
+        corrected=(CORRECTED, CORRECTED_AGAIN),
         again=AGAIN,
         aim=0.9,
         missed=("sort",),

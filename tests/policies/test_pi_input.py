@@ -156,6 +156,7 @@ def test_each_policy_warns_of_its_own() -> None:
         ({"language_size": {"head_dim": 7}}, "head_dim is 7, expected an even number"),
         ({"language_size": {"activation": "relu"}}, "activation is 'relu', expected one of gelu_tanh, silu"),
         ({"rtc_config": {"execution_horizn": 4}}, "rtc_config has unknown fields execution_horizn"),
+        ({"rtc_config": "LINEAR"}, "rtc_config is 'LINEAR', expected an RTCConfig or a mapping"),
         ({"rtc_config": {"execution_horizon": -4}}, "execution_horizon is -4"),
     ],
 )

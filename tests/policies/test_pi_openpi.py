@@ -30,9 +30,7 @@ from minivla.nn.paligemma import PaliGemma
 from minivla.nn.positions import sine_time
 from minivla.nn.vit import ViT, ViTConfig
 from minivla.policies.pi import PI0
-from minivla.policies.vla import (
-    state_bins,
-)
+from minivla.policies.vla import state_bins
 from minivla.segments import Segment, arrange
 from tests.policies.openpi_weights import from_openpi, gemma, siglip
 from tests.policies.pi_small import EXPERT, FAMILIES, LANGUAGE, VISION
